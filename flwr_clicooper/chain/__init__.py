@@ -1,0 +1,1 @@
+"""Who talks to whom: the relay, the owner, the trainers, and their messages."""

@@ -1,0 +1,80 @@
+"""The ClientApp of the owner and of every trainer. Imports PyTorch only when needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from logging import ERROR
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
+from flwr.common.logger import log
+
+from flwr_clicooper.chain.messages import PROTOCOL, Action, answer, refusal
+from flwr_clicooper.chain.roles import OWNER, role_of
+from flwr_clicooper.options import task_config
+from flwr_clicooper.task import SplitTask
+
+
+def cooper_client(task: SplitTask, mods: list[Mod] | None = None) -> ClientApp:
+    """Return the ClientApp that owner and trainers run.
+
+    Parameters
+    ----------
+    task : SplitTask
+        The training job.
+    mods : list of Mod, optional
+        Flower mods, applied to every message of the chain.
+
+    Returns
+    -------
+    ClientApp
+        Answers the chain's messages. The node config says who the node is:
+        ``role="owner"``, ``role="trainer" stage=1``, or ``role="trainer"`` for a
+        standby; a simulated node's place is its ``partition-id``.
+
+    Raises
+    ------
+    TypeError
+        ``task`` is not a `SplitTask`.
+    """
+    if not isinstance(task, SplitTask):
+        raise TypeError(f"cooper_client() takes a SplitTask, not {type(task).__name__}")
+    app = ClientApp(mods=mods)
+    for action in Action:
+        category, name = action.value.split(".")
+        register = {"query": app.query, "train": app.train, "evaluate": app.evaluate}
+        register[category](name)(_handler(task, action))
+    return app
+
+
+def _handler(task: SplitTask, action: Action) -> Callable[[Message, Context], Message]:
+    def handle(message: Message, context: Context) -> Message:
+        try:
+            if action is Action.HELLO:
+                return _hello(task, message, context)
+            from flwr_clicooper.chain.worker import serve
+
+            return serve(task, action, message, context)
+        except Exception as error:  # every failure becomes an answer that names it
+            log(ERROR, "%s failed on this node", action, exc_info=error)
+            return refusal(message, error)
+
+    return handle
+
+
+def _hello(task: SplitTask, message: Message, context: Context) -> Message:
+    """Say who this node is; the owner also says how many trainers the model needs."""
+    role = role_of(context.node_config)
+    config = task_config(context.run_config, context.node_config)
+    fields = {
+        "protocol": PROTOCOL,
+        "role": role.name,
+        "stage": role.stage,
+        "simulated": role.simulated,
+    }
+    if role.name == OWNER:
+        from flwr_clicooper.chain.build import build_segments, trainers_for
+
+        fields["trainers"] = trainers_for(build_segments(task, config), config)
+    return answer(message, fields)

@@ -1,0 +1,260 @@
+"""The owner: the data, the head, in the U-shape the tail, and the delivered model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from flwr.app import Message
+from torch import Tensor
+
+from flwr_clicooper.chain.build import (
+    build_segments,
+    load_initial,
+    propagate,
+    trainers_for,
+)
+from flwr_clicooper.chain.delivered import assemble, digest, save_model
+from flwr_clicooper.chain.messages import (
+    ACTIVATIONS,
+    GRADIENTS,
+    LABELS,
+    WEIGHTS,
+    Action,
+    Header,
+    array_record,
+)
+from flwr_clicooper.chain.records import Indices, LabelledSet, check_labels
+from flwr_clicooper.chain.roles import run_folder
+from flwr_clicooper.chain.stage import Stage, position_of
+from flwr_clicooper.chain.state import StateStore
+from flwr_clicooper.chain.tensors import decode, decode_places, encode_places
+from flwr_clicooper.chain.worker import Reply, Session, Worker, initial_weights
+from flwr_clicooper.errors import DeliveryError, MessageError, SplitError
+from flwr_clicooper.split.batches import Position, derive_seed
+from flwr_clicooper.split.segment import load_weights, seeded
+from flwr_clicooper.split.specs import Tensors, TensorSpec, as_tensors
+
+CHUNK_BYTES = 16 * 2**20
+"""Upper bound for the activations in one message of a release."""
+
+
+class Owner(Worker):
+    """Serves the messages of the owner."""
+
+    def __init__(self, session: Session, store: StateStore, setup: dict[str, Any]) -> None:
+        super().__init__(session, store, setup)
+        self.segments = build_segments(session.task, session.config)
+        needed = trainers_for(self.segments, session.config)
+        if needed != setup["trainers"]:
+            raise SplitError(
+                f"the task's {len(self.segments)} segments need {needed} trainers with "
+                f"label-side = {session.options.label_side!r}; {setup['trainers']} are here"
+            )
+        with seeded(derive_seed(session.options.seed, "datasets")):
+            train, test = session.task.datasets(session.config)
+        self.train, self.test = LabelledSet(train, "training"), LabelledSet(test, "held-out")
+        self.plan = session.batch_plan(self.train.records)
+        inputs, labels = self.train.fetch(self.plan.indices(Position(1, 0, 0))[:1])
+        self.inputs = [TensorSpec.of(x) for x in inputs]
+        self.specs = propagate(self.segments, self.inputs)
+        self.scores = self.specs[-1][0]
+        self._batches: dict[Position, tuple[Tensors, Tensor]] = {}
+        self.label_spec = TensorSpec.of(self._checked(labels, "training"))
+        self.head = self.segments[0]
+        self.stages = self._trained_stages()
+
+    def _trained_stages(self) -> list[Stage]:
+        """Return the stages that the owner trains: the head, the tail, both or none."""
+        stages = []
+        if not self.session.options.once:
+            head = self.make_segment(self.head, 0)
+            stages.append(
+                Stage(
+                    head,
+                    self.plan,
+                    self.inputs,
+                    self.specs[0],
+                    "the data set",
+                    input_grads=False,
+                    refetch=lambda at: self._batch(at)[0],
+                )
+            )
+        if self.session.options.label_side == "owner":
+            index = len(self.segments) - 1
+            tail = self.make_segment(self.segments[-1], index)
+            giver = f"segment {index - 1}"
+            stages.append(
+                Stage(tail, self.plan, self.specs[-2], self.specs[-1], giver, input_grads=True)
+            )
+        return stages
+
+    def start(self, message: Message) -> Reply:
+        """Load initial weights; tell the relay what crosses each cut."""
+        given = initial_weights(message)
+        for index, segment in enumerate(self.segments):
+            load_initial(segment, given, index)
+        local = self.session.options.schedule == "local"
+        if local and len(self.scores.shape) != 1:
+            raise SplitError(
+                f"schedule = 'local' needs a model that gives one row of scores per record; "
+                f"this one gives {self.scores}"
+            )
+        self.changes["head"] = self.head.state_dict()
+        widest = max(sum(s.nbytes for s in cut) for cut in self.specs[:-1])
+        return {
+            "records": self.train.records,
+            "held-out-records": self.test.records,
+            "segments": len(self.segments),
+            "scores": str(self.scores),
+            "labels": str(self.label_spec),
+            "chunk-records": max(1, CHUNK_BYTES // max(1, widest)),
+            **{f"cut-{i}": [str(s) for s in specs] for i, specs in enumerate(self.specs)},
+        }, {}
+
+    def load(self) -> None:
+        """Set head, tail and optimizers to what the store has."""
+        load_weights(self.head, self.store.read("head"), "segment 0")
+        super().load()
+
+    def handle(self, action: Action, header: Header, message: Message) -> Reply:
+        """Answer one message of the relay."""
+        persist = header.optional("persist", False)
+        match action:
+            case Action.RELEASE:
+                return self._release(header.get("chunk", int), header.get("chunk-records", int))
+            case Action.FORWARD:
+                return self._forward(header, message, persist=persist)
+            case Action.BACKWARD:
+                return self._backward(header, message, persist=persist)
+            case Action.CLOSE_ROUND:
+                for stage in self.stages:
+                    self.changes |= stage.whole()
+                return {}, {}
+            case Action.COLLECT:
+                return self._collect(header, message)
+            case Action.EVALUATE:
+                return self._evaluate()
+        raise MessageError(f"the owner does not answer {action}")
+
+    # -- data --------------------------------------------------------------------
+
+    def _checked(self, labels: Tensor, name: str) -> Tensor:
+        classifies = self.session.task.classifies
+        return check_labels(labels, self.scores, name) if classifies else labels
+
+    def _fetch(self, rows: Indices, purpose: tuple[int, ...]) -> tuple[Tensors, Tensor]:
+        """Return records; random augmentation is seeded by what they are for."""
+        with seeded(derive_seed(self.session.options.seed, "data", *purpose)):
+            inputs, labels = self.train.fetch(rows)
+        return inputs, self._checked(labels, "training")
+
+    def _batch(self, at: Position) -> tuple[Tensors, Tensor]:
+        """Return a micro-batch; the batch's other micro-batches are kept with it."""
+        if at not in self._batches:
+            here = (at.round, at.step)
+            kept = {k: v for k, v in self._batches.items() if (k.round, k.step) == here}
+            purpose = (at.round, at.step, at.microbatch)
+            self._batches = kept | {at: self._fetch(self.plan.indices(at), purpose)}
+        return self._batches[at]
+
+    # -- once: all activations leave before training -----------------------------
+
+    def _release(self, chunk: int, chunk_records: int) -> Reply:
+        if not self.session.options.once:
+            raise MessageError("the owner releases activations only once, not interactively")
+        start = chunk * chunk_records
+        stop = min(start + chunk_records, self.train.records)
+        if chunk < 0 or stop <= start:
+            raise MessageError(f"the release has no chunk {chunk}")
+        inputs, labels = self._fetch(torch.arange(start, stop).numpy(), (0, chunk))
+        with torch.no_grad():
+            head = self.head.to(self.session.device).eval()
+            outputs = head(*(x.to(self.session.device) for x in inputs))
+        records = {ACTIVATIONS: encode_places(as_tensors(outputs, "segment 0"))}
+        if self.session.options.label_side == "trainer":
+            records[LABELS] = encode_places((labels,))
+        return {}, records
+
+    # -- interactive head, and the tail of the U-shape -----------------------------
+
+    def _stage(self, header: Header) -> Stage:
+        index = header.get("segment", int)
+        for stage in self.stages:
+            if stage.segment.index == index:
+                return stage
+        raise MessageError(f"the owner does not train segment {index}")
+
+    def _forward(self, header: Header, message: Message, *, persist: bool) -> Reply:
+        stage, at = self._stage(header), position_of(header)
+        if stage.segment.index == 0:
+            outputs = stage.forward(at, {}, persist=persist)
+            records = {ACTIVATIONS: encode_places(outputs)}
+            if self.session.options.label_side == "trainer":
+                records[LABELS] = encode_places((self._batch(at)[1],))
+            return {}, records
+        what = f"segment {stage.segment.index}: activations at {at}"
+        inputs = decode_places(array_record(message, ACTIVATIONS), what)
+        labels = self._batch(at)[1]
+        loss, gradients = stage.loss_backward(at, inputs, labels, self._loss, persist=persist)
+        return {"loss": loss}, {GRADIENTS: encode_places(gradients)}
+
+    def _backward(self, header: Header, message: Message, *, persist: bool) -> Reply:
+        stage, at = self._stage(header), position_of(header)
+        what = f"segment {stage.segment.index}: gradients at {at}"
+        gradients = decode_places(array_record(message, GRADIENTS), what)
+        stage.backward(at, gradients, persist=persist)
+        return {}, {}
+
+    def _loss(self, outputs: Tensors, labels: Tensor) -> Tensor:
+        return self.session.task.loss(outputs[0], labels)
+
+    # -- delivery ----------------------------------------------------------------
+
+    def _collect(self, header: Header, message: Message) -> Reply:
+        """Check a trainer's segment and keep it until all have come."""
+        index = header.get("segment", int)
+        if not 1 <= index <= self.setup["trainers"]:
+            raise MessageError(f"no trainer delivers segment {index}")
+        weights = decode(array_record(message, WEIGHTS), f"segment {index}")
+        if digest(weights) != header.get("digest", str):
+            raise DeliveryError(
+                f"segment {index} did not arrive as trainer {index} sent it: its SHA-256 "
+                "is not the one that the trainer gave"
+            )
+        load_weights(self.segments[index], weights, f"delivered segment {index}")
+        self.changes[f"delivered-{index}"] = weights
+        return {}, {}
+
+    def _evaluate(self) -> Reply:
+        """Assemble the model, measure it on the held-out set, and save it."""
+        for index in range(1, self.setup["trainers"] + 1):
+            weights = self.store.read(f"delivered-{index}")
+            load_weights(self.segments[index], weights, f"delivered segment {index}")
+        model = assemble([segment.cpu() for segment in self.segments])
+        correct, loss, size = 0.0, 0.0, self.session.options.batch_size
+        task = self.session.task
+        with torch.no_grad():
+            for start in range(0, self.test.records, size):
+                stop = min(start + size, self.test.records)
+                inputs, labels = self.test.fetch(torch.arange(start, stop).numpy())
+                labels = self._checked(labels, "held-out")
+                outputs = model(*inputs)
+                loss += float(task.loss(outputs, labels)) * (stop - start)
+                if task.measures_accuracy:
+                    right = task.correct(outputs, labels).reshape(stop - start, -1)
+                    correct += float(right.float().mean(dim=1).sum())
+        folder = run_folder(self.session.options, self.session.context.run_id)
+        path = save_model(model, folder, _portable(self.session.config))
+        accuracy = {"accuracy": correct / self.test.records} if task.measures_accuracy else {}
+        return accuracy | {
+            "loss": loss / self.test.records,
+            "held-out-records": self.test.records,
+            "model": str(path),
+        }, {}
+
+
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config without the paths of this machine."""
+    return {**config, "data-dir": "", "run-dir": ""}
+

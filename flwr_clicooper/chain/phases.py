@@ -1,0 +1,286 @@
+"""The phases of a run: set-up, release, rounds, delivery, and the end."""
+
+from __future__ import annotations
+
+import time
+from logging import INFO, WARNING
+
+from flwr.app import ArrayRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from flwr_clicooper.chain.messages import ACTIVATIONS, LABELS, WEIGHTS, Action
+from flwr_clicooper.chain.pipeline import Pipeline, Seat
+from flwr_clicooper.chain.progress import StepProgress, size
+from flwr_clicooper.chain.relay import Records, Relay, required
+from flwr_clicooper.chain.roster import Roster
+from flwr_clicooper.chain.rundir import RunFolder
+from flwr_clicooper.errors import CooperError
+from flwr_clicooper.options import Options
+from flwr_clicooper.split.batches import BatchPlan
+
+_GOODBYE = 5.0
+"""Seconds to wait for parties to clean up after a failed run."""
+
+
+class ChainRun:
+    """One run of a chain, driven from the relay.
+
+    Parameters
+    ----------
+    grid : Grid
+        Any Flower grid.
+    options : Options
+        The run's options.
+    roster : Roster
+        Who is who.
+    folder : RunFolder
+        Where to write what happens.
+    rounds : int
+        Epochs.
+    timeout : float
+        Seconds to wait for one answer.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        options: Options,
+        roster: Roster,
+        folder: RunFolder,
+        rounds: int,
+        timeout: float,
+    ) -> None:
+        self.grid = grid
+        self.options = options
+        self.folder = folder
+        self.rounds = rounds
+        self.owner = roster.owner
+        self.trainers = [roster.trainers[stage] for stage in sorted(roster.trainers)]
+        self.standbys = roster.standbys
+        names = {n: roster.name(n) for n in [self.owner, *self.trainers]}
+        self.relay = Relay(grid, names, timeout)
+        self.seats = self._seats()
+        self.progress: StepProgress | None = None
+
+    def _seats(self) -> list[Seat]:
+        seats = [Seat(stage, node) for stage, node in enumerate(self.trainers, start=1)]
+        if not self.options.once:
+            seats.insert(0, Seat(0, self.owner))
+        if self.options.label_side == "owner":
+            seats.append(Seat(len(self.trainers) + 1, self.owner))
+        return seats
+
+    # -- set-up ------------------------------------------------------------------
+
+    def set_up(self, initial_arrays: ArrayRecord | None) -> None:
+        """Let every party build and check its part, the owner first."""
+        count = len(self.trainers)
+        own = [0, count + 1] if self.options.label_side == "owner" else [0]
+        facts, _ = self.relay.ask(
+            self.owner,
+            Action.SETUP,
+            {"trainers": count},
+            _initial(initial_arrays, own),
+            persist=True,
+        )
+        self.records = facts.get("records", int)
+        self.chunk_records = facts.get("chunk-records", int)
+        options = self.options
+        self.plan = BatchPlan(
+            self.records, options.batch_size, options.microbatches, options.seed, options.shuffle
+        )
+        cuts = [facts.texts(f"cut-{i}") for i in range(facts.get("segments", int))]
+        held_out = facts.get("held-out-records", int)
+        log(INFO, "The chain: %d training and %d held-out records", self.records, held_out)
+        log(INFO, "\t%s: head, gives %s", self.relay.names[self.owner], " and ".join(cuts[0]))
+        for stage, node_id in enumerate(self.trainers, start=1):
+            fields = {
+                "trainers": count,
+                "stage": stage,
+                "records": self.records,
+                "chunk-records": self.chunk_records,
+                "incoming": cuts[stage - 1],
+                "outgoing": cuts[stage],
+                "labels": facts.get("labels", str),
+                "scores": cuts[-1][0],
+            }
+            weights = _initial(initial_arrays, [stage])
+            reply, _ = self.relay.ask(node_id, Action.SETUP, fields, weights, persist=True)
+            log(
+                INFO,
+                "\t%s: segment %d, %s parameters, gives %s",
+                self.relay.names[node_id],
+                stage,
+                f"{reply.get('parameters', int):,}",
+                " and ".join(cuts[stage]),
+            )
+        if self.standbys:
+            log(INFO, "\tstandby: %s", ", ".join(f"node {n}" for n in self.standbys))
+        self.folder.parties(
+            {
+                "owner": str(self.owner),
+                "trainers": [str(n) for n in self.trainers],
+                "standbys": [str(n) for n in self.standbys],
+            }
+        )
+
+    # -- release: once, before training --------------------------------------------
+
+    def release(self) -> None:
+        """Bring the owner's activations to trainer 1 and its labels to who needs them."""
+        started = time.monotonic()
+        for chunk in range(-(-self.records // self.chunk_records)):
+            fields = {"chunk": chunk, "chunk-records": self.chunk_records}
+            _, given = self.relay.ask(self.owner, Action.RELEASE, fields)
+            who = self.relay.names[self.owner]
+            activations = required(given, ACTIVATIONS, who)
+            self._upload(self.owner, self.trainers[0], chunk, {ACTIVATIONS: activations})
+            if LABELS in given:
+                local = self.options.schedule == "local"
+                for taker in self.trainers if local else self.trainers[-1:]:
+                    self._upload(self.owner, taker, chunk, {LABELS: given[LABELS]})
+        sent = sum(self.relay.traffic.link_bytes.values())
+        log(
+            INFO,
+            "Released once: %s in %.1f s. %s",
+            size(sent),
+            time.monotonic() - started,
+            "The owner may go offline until delivery."
+            if self.options.label_side == "trainer"
+            else "The owner stays for the loss.",
+        )
+
+    def _upload(self, giver: int, taker: int, chunk: int, records: Records) -> None:
+        for record in records.values():
+            self.relay.count(giver, taker, record)
+        self.relay.ask(taker, Action.UPLOAD, {"chunk": chunk}, records, persist=True)
+
+    # -- training ----------------------------------------------------------------
+
+    def train_round(self, round_: int) -> dict[str, float]:
+        """Train one epoch; return its metrics."""
+        started = time.monotonic()
+        train = self._local_round if self.options.schedule == "local" else self._lockstep_round
+        loss = train(round_)
+        everyone = {seat.node_id for seat in self.seats}
+        self.relay.ask_all(sorted(everyone), Action.CLOSE_ROUND, {"round": round_})
+        seconds = time.monotonic() - started
+        metrics = {
+            "loss": loss,
+            "seconds": seconds,
+            "samples-per-second": self.records / seconds,
+        }
+        traffic = self.relay.traffic
+        self.folder.note(
+            "round",
+            round=round_,
+            **metrics,
+            messages=traffic.messages,
+            link_bytes=dict(traffic.link_bytes),
+            compute_seconds=dict(traffic.compute),
+        )
+        return metrics
+
+    def _lockstep_round(self, round_: int) -> float:
+        pipeline = Pipeline(self.relay, self.seats, self.options.pipeline)
+        if self.progress is None:
+            self.progress = StepProgress(self.rounds, self.plan.steps)
+        total = 0.0
+        for step in range(self.plan.steps):
+            started = time.monotonic()
+            loss = pipeline.step(round_, step, self.plan.parts(step))
+            records = self.plan.batch_records(step)
+            total += loss * records
+            sent = sum(self.relay.traffic.link_bytes.values())
+            seconds = time.monotonic() - started
+            self.folder.note("step", round=round_, step=step, loss=loss, seconds=seconds)
+            self.progress.step(round_, step, loss, records, sent)
+        if round_ == self.rounds:
+            self.progress.close()
+        return total / self.records
+
+    def _local_round(self, round_: int) -> float:
+        """Each trainer trains an epoch, then hands its outputs to the next."""
+        loss = 0.0
+        for stage, node_id in enumerate(self.trainers, start=1):
+            reply, _ = self.relay.ask(
+                node_id, Action.LOCAL_EPOCH, {"round": round_}, persist=True
+            )
+            loss = reply.get("loss", float)
+            log(
+                INFO,
+                "round %d/%d  trainer %d  loss %.4f  %s sent",
+                round_,
+                self.rounds,
+                stage,
+                loss,
+                size(sum(self.relay.traffic.link_bytes.values())),
+            )
+            if stage < len(self.trainers):
+                self._hand_over(node_id, self.trainers[stage])
+        return loss
+
+    def _hand_over(self, giver: int, taker: int) -> None:
+        for chunk in range(-(-self.records // self.chunk_records)):
+            _, given = self.relay.ask(giver, Action.OUTPUTS, {"chunk": chunk})
+            outputs = required(given, ACTIVATIONS, self.relay.names[giver])
+            self._upload(giver, taker, chunk, {ACTIVATIONS: outputs})
+
+    # -- delivery and the end ------------------------------------------------------
+
+    def deliver(self) -> tuple[dict[str, float], str]:
+        """Bring every segment to the owner, who assembles, measures and saves the model.
+
+        Returns
+        -------
+        metrics : dict of str to float
+            Held-out loss and, where the task has it, accuracy.
+        model : str
+            Path of the model on the owner's machine.
+        """
+        for stage, node_id in enumerate(self.trainers, start=1):
+            header, given = self.relay.ask(node_id, Action.DELIVER, {})
+            weights = required(given, WEIGHTS, self.relay.names[node_id])
+            self.relay.count(node_id, self.owner, weights)
+            fields = {"segment": stage, "digest": header.get("digest", str)}
+            self.relay.ask(
+                self.owner, Action.COLLECT, fields, {WEIGHTS: weights}, persist=True
+            )
+        header, _ = self.relay.ask(self.owner, Action.EVALUATE, {})
+        metrics = {
+            name: header.get(name, float) for name in ("accuracy", "loss") if name in header
+        }
+        self.folder.note("delivery", **metrics)
+        return metrics, header.get("model", str)
+
+    def finish(self) -> None:
+        """Let every party delete its state of the run."""
+        self.relay.ask_all([self.owner, *self.trainers], Action.FINISH, {})
+
+    def abandon(self) -> None:
+        """After a failure: let parties that still answer delete their state."""
+        if self.progress is not None:
+            self.progress.close()
+        relay = Relay(self.grid, self.relay.names, _GOODBYE)
+        for node_id in [self.owner, *self.trainers]:
+            if node_id in self.relay.busy:
+                continue
+            try:
+                relay.ask(node_id, Action.FINISH, {})
+            except CooperError as error:
+                log(WARNING, "could not clean up after the failure: %s", error)
+
+
+def _initial(arrays: ArrayRecord | None, segments: list[int]) -> Records:
+    """Return the initial weights of some segments, by the segment's index."""
+    if arrays is None:
+        return {}
+    wanted = {
+        name: array
+        for name, array in arrays.items()
+        if name.split(".", 1)[0] in map(str, segments)
+    }
+    return {WEIGHTS: ArrayRecord(wanted)} if wanted else {}
+
+

@@ -1,0 +1,167 @@
+"""The relay's side of a conversation: versions, errors, and who was sent how much.
+
+The relay passes tensors on without decoding them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp import Grid
+
+from flwr_clicooper.chain.messages import Action, Header, instruction, payload_bytes
+from flwr_clicooper.errors import ClientFailure
+from flwr_clicooper.grids.exchange import Exchange
+
+Records = Mapping[str, ArrayRecord]
+
+
+@dataclass
+class Traffic:
+    """What a run sent and computed so far.
+
+    Attributes
+    ----------
+    messages : int
+        Requests; each has one reply.
+    link_bytes : Counter of str
+        Tensor bytes by link, such as ``"owner -> trainer 1"``.
+    compute : Counter of str
+        Seconds inside a party's handlers, by party.
+    """
+
+    messages: int = 0
+    link_bytes: Counter[str] = field(default_factory=Counter)
+    compute: Counter[str] = field(default_factory=Counter)
+
+
+class Relay:
+    """Talks to the parties of a chain, one message per node at a time.
+
+    Parameters
+    ----------
+    grid : Grid
+        Any Flower grid. ``grid.warm`` says that each node stays in one process.
+    names : mapping of int to str
+        What people call each node.
+    timeout : float
+        Seconds to wait for a reply.
+    """
+
+    def __init__(self, grid: Grid, names: Mapping[int, str], timeout: float) -> None:
+        self.exchange = Exchange(grid, timeout, names=names)
+        self.names = names
+        self.persist = not getattr(grid, "warm", False)
+        self.traffic = Traffic()
+        self.busy: set[int] = set()
+        self._versions: Counter[int] = Counter()
+
+    def send(
+        self,
+        node_id: int,
+        action: Action,
+        fields: Mapping[str, Any],
+        records: Records | None = None,
+        *,
+        persist: bool | None = None,
+    ) -> str:
+        """Send an instruction; return its message ID."""
+        header = {
+            **fields,
+            "version": self._versions[node_id],
+            "persist": self.persist if persist is None else persist,
+        }
+        # The TTL outlives our own timeout, so that a late node is named by us.
+        ttl = self.exchange.timeout + 60.0
+        message = instruction(action, node_id, header, records, ttl=ttl)
+        self.busy.add(node_id)
+        self.traffic.messages += 1
+        return self.exchange.push(message)
+
+    def receive(self) -> list[tuple[str, Header, Records]]:
+        """Return the replies that have come: message ID, header and records.
+
+        Raises
+        ------
+        ClientFailure
+            A client answered with an error.
+        ClientTimeout
+            A client did not answer in time.
+        """
+        found = []
+        for reply in self.exchange.pull():
+            node_id = reply.metadata.src_node_id
+            self.busy.discard(node_id)
+            header = check_answer(reply, self.names[node_id])
+            self._versions[node_id] = header.optional("version", self._versions[node_id])
+            self.traffic.compute[_short(self.names[node_id])] += header.optional("seconds", 0.0)
+            records = dict(reply.content.array_records)
+            found.append((reply.metadata.reply_to_message_id, header, records))
+        return found
+
+    def ask(
+        self,
+        node_id: int,
+        action: Action,
+        fields: Mapping[str, Any],
+        records: Records | None = None,
+        *,
+        persist: bool | None = None,
+    ) -> tuple[Header, Records]:
+        """Send one instruction and wait for its reply."""
+        self.send(node_id, action, fields, records, persist=persist)
+        ((_, header, reply),) = self.receive()
+        return header, reply
+
+    def ask_all(
+        self, node_ids: list[int], action: Action, fields: Mapping[str, Any]
+    ) -> None:
+        """Send the same instruction to several nodes and wait for all replies."""
+        for node_id in node_ids:
+            self.send(node_id, action, fields)
+        while len(self.exchange):
+            self.receive()
+
+    def count(self, giver: int, taker: int, record: ArrayRecord) -> None:
+        """Note that a record went from one party to another."""
+        link = f"{_short(self.names[giver])} -> {_short(self.names[taker])}"
+        self.traffic.link_bytes[link] += payload_bytes(record)
+
+
+def check_answer(reply: Message, name: str) -> Header:
+    """Return the header of a reply.
+
+    Raises
+    ------
+    ClientFailure
+        The reply is an error of the client or of Flower; the text names the client.
+    """
+    action = reply.metadata.message_type
+    if reply.has_error():
+        reason = (reply.error.reason or f"Flower error {reply.error.code}").strip()
+        raise ClientFailure(f"{name} failed at {action}: {reason}")
+    header = Header.of(reply)
+    if "error" in header:
+        raise ClientFailure(f"{name} failed at {action}: {header.get('error', str)}")
+    return header
+
+
+def required(records: Records, name: str, who: str) -> ArrayRecord:
+    """Return a record of a reply.
+
+    Raises
+    ------
+    ClientFailure
+        The reply does not have it.
+    """
+    if name not in records:
+        raise ClientFailure(f"{who} answered without {name}: a mod or another version?")
+    return records[name]
+
+
+def _short(name: str) -> str:
+    return name.split(" (")[0]

@@ -1,0 +1,160 @@
+"""Who is in the federation, and whether they form a chain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from flwr.serverapp import Grid
+
+from flwr_clicooper.chain.messages import PROTOCOL, Action, Header, instruction
+from flwr_clicooper.chain.relay import check_answer
+from flwr_clicooper.chain.roles import OWNER, STANDBY
+from flwr_clicooper.errors import RoleError
+from flwr_clicooper.grids.exchange import exchange
+
+_POLL = 0.2
+_REMIND = 10.0
+
+
+@dataclass
+class Roster:
+    """The parties by role.
+
+    Attributes
+    ----------
+    owner : int
+        Node ID, 0 while unknown.
+    trainers : dict of int to int
+        Node ID by stage.
+    standbys : list of int
+        Node IDs of trainers without a stage.
+    needed : int
+        How many trainers the owner's model needs, 0 while unknown.
+    """
+
+    owner: int = 0
+    trainers: dict[int, int] = field(default_factory=dict)
+    standbys: list[int] = field(default_factory=list)
+    needed: int = 0
+    known: set[int] = field(default_factory=set)
+    simulated: int = 0
+
+    def add(self, node_id: int, header: Header) -> None:
+        """Note what a node said of itself.
+
+        Raises
+        ------
+        RoleError
+            It speaks another protocol, or its place is taken.
+        """
+        self.known.add(node_id)
+        if header.get("protocol", int) != PROTOCOL:
+            raise RoleError(
+                f"node {node_id} speaks protocol {header.get('protocol', int)}, the relay "
+                f"{PROTOCOL}: install the same version of flwr-clicooper on both"
+            )
+        role, stage = header.get("role", str), header.get("stage", int)
+        self.simulated = header.get("simulated", int)
+        if role == OWNER:
+            if self.owner:
+                raise RoleError(
+                    f"nodes {self.owner} and {node_id} are both owner; a chain has one owner"
+                )
+            self.owner, self.needed = node_id, header.get("trainers", int)
+        elif role == STANDBY:
+            self.standbys.append(node_id)
+        elif stage in self.trainers:
+            raise RoleError(
+                f"nodes {self.trainers[stage]} and {node_id} are both trainer of stage "
+                f"{stage}; leave 'stage' out to make one of them a standby"
+            )
+        else:
+            self.trainers[stage] = node_id
+
+    def missing(self) -> list[str]:
+        """Return who is needed and not there."""
+        if not self.owner:
+            return ["an owner (role=\"owner\")"]
+        absent = [s for s in range(1, self.needed + 1) if s not in self.trainers]
+        return [f"a trainer of stage {s} (role=\"trainer\" stage={s})" for s in absent]
+
+    def settle(self) -> None:
+        """Make simulated nodes beyond the chain standbys; refuse others.
+
+        Raises
+        ------
+        RoleError
+            A trainer's stage is beyond the model's segments.
+        """
+        for stage in [s for s in self.trainers if s > self.needed]:
+            if not self.simulated:
+                raise RoleError(
+                    f"node {self.trainers[stage]} is trainer of stage {stage}; the owner's "
+                    f"model has segments for {self.needed} trainers"
+                )
+            self.standbys.append(self.trainers.pop(stage))
+
+    def name(self, node_id: int) -> str:
+        """Return how people call a node."""
+        if node_id == self.owner:
+            return f"owner (node {node_id})"
+        for stage, trainer in self.trainers.items():
+            if trainer == node_id:
+                return f"trainer {stage} (node {node_id})"
+        return f"node {node_id}"
+
+
+def discover(grid: Grid, timeout: float, say: Callable[[str], None]) -> Roster:
+    """Ask every node who it is until the chain is whole.
+
+    Parameters
+    ----------
+    grid : Grid
+        Any Flower grid.
+    timeout : float
+        Seconds to wait for nodes that are missing.
+    say : callable
+        Gets a sentence now and then on who is missing.
+
+    Raises
+    ------
+    RoleError
+        Nodes are missing, doubled, or do not fit the owner's model.
+    """
+    roster = Roster()
+    started = reminded = time.monotonic()
+    while True:
+        new = [n for n in grid.get_node_ids() if n not in roster.known]
+        messages = [instruction(Action.HELLO, n, {}, ttl=timeout) for n in new]
+        for reply in exchange(grid, messages, timeout):
+            node_id = reply.metadata.src_node_id
+            roster.add(node_id, check_answer(reply, f"node {node_id}"))
+        missing = roster.missing()
+        if not missing:
+            roster.settle()
+            return roster
+        all_here = getattr(grid, "complete", False) or (
+            roster.simulated and len(roster.known) >= roster.simulated
+        )
+        waited = time.monotonic() - started
+        if all_here or waited > timeout:
+            raise RoleError(_incomplete(roster, missing, 0 if all_here else waited))
+        if time.monotonic() - reminded > _REMIND:
+            reminded = time.monotonic()
+            say(f"waiting for {', '.join(missing)}")
+        time.sleep(_POLL)
+
+
+def _incomplete(roster: Roster, missing: list[str], waited: float) -> str:
+    text = f"the chain is not whole: {', '.join(missing)} is missing"
+    if waited:
+        text += f" after {waited:.0f} s"
+    if roster.needed:
+        have = ", ".join(map(str, sorted(roster.trainers))) or "none"
+        text += f"; the owner's model needs {roster.needed} trainers, stages here: {have}"
+    if roster.simulated:
+        needed = f"{roster.needed + 1}" if roster.needed else "one owner and all trainers"
+        text += f". Set num-supernodes = {needed} (now {roster.simulated})"
+    return text

@@ -1,0 +1,223 @@
+"""The relay: it forms the chain, drives training, and brings the model home."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from logging import ERROR, INFO
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from flwr_clicooper.chain.phases import ChainRun
+from flwr_clicooper.chain.progress import size
+from flwr_clicooper.chain.roles import run_folder
+from flwr_clicooper.chain.roster import discover
+from flwr_clicooper.chain.rundir import RunFolder
+from flwr_clicooper.errors import CooperError, OptionError
+from flwr_clicooper.options import Options
+
+
+@dataclass(repr=False)
+class CooperResult(Result):
+    """Flower's result, and where to find what the run made.
+
+    Attributes
+    ----------
+    run_dir : Path or None
+        The run's folder on the relay's machine.
+    model : str
+        Path of the delivered model on the owner's machine.
+    """
+
+    run_dir: Path | None = None
+    model: str = ""
+
+
+class CooperStrategy(Strategy):
+    """Client-cooperative split learning as a Flower strategy.
+
+    Parameters
+    ----------
+    options : Options
+        The run's options.
+
+    Examples
+    --------
+    >>> @app.main()
+    ... def main(grid, context):
+    ...     CooperStrategy.from_config(context.run_config).start(grid)
+    ... # doctest: +SKIP
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    @classmethod
+    def from_config(cls, run_config: Mapping[str, Any]) -> CooperStrategy:
+        """Return the strategy that a run config describes.
+
+        Raises
+        ------
+        OptionError
+            An option is unknown, missing, or has a value that is not allowed.
+        """
+        return cls(Options.from_config(run_config))
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int | None = None,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> CooperResult:
+        """Train, deliver, and measure.
+
+        Parameters
+        ----------
+        grid : Grid
+            Flower's grid, or a `LocalGrid`.
+        initial_arrays : ArrayRecord, optional
+            Weights to start from, named as in a delivered model (``"1.weight"``: segment
+            1's ``weight``). Segments that are not named start from the seed. The relay
+            sees these weights.
+        num_rounds : int, optional
+            Epochs; default is the option ``num-rounds``.
+        timeout : float, optional
+            Seconds to wait for one answer; default is the option ``timeout``.
+        train_config, evaluate_config : ConfigRecord, optional
+            Must be empty: every party reads the run config.
+        evaluate_fn : callable, optional
+            Must be None: the relay has no model to evaluate.
+
+        Returns
+        -------
+        CooperResult
+            Loss per round in ``train_metrics_clientapp``, held-out accuracy after the
+            last round in ``evaluate_metrics_clientapp``. ``arrays`` stays empty: the
+            model belongs to the owner.
+
+        Raises
+        ------
+        CooperError
+            Somebody is missing, failed, or sent something wrong; the text names who and
+            the way out. The run is then marked failed and no model is written.
+        """
+        _refuse_unused(train_config, evaluate_config, evaluate_fn)
+        rounds = self.options.num_rounds if num_rounds is None else num_rounds
+        if rounds < 1:
+            raise OptionError(f"num_rounds is {rounds}; allowed is an integer >= 1")
+        wait = self.options.timeout if timeout is None else timeout
+        run_id = grid.run.run_id
+        folder = RunFolder(
+            run_folder(self.options, run_id), run_id, self.options.as_config()
+        )
+        run: ChainRun | None = None
+        try:
+            self.summary()
+            roster = discover(grid, wait, lambda text: log(INFO, text))
+            run = ChainRun(grid, self.options, roster, folder, rounds, wait)
+            result = self._run(run, rounds, initial_arrays)
+        except BaseException as error:
+            reason = str(error) if isinstance(error, CooperError) else type(error).__name__
+            folder.close("failed", error=reason)
+            log(ERROR, "the run failed: %s", reason)
+            if run is not None:
+                run.abandon()
+            raise
+        folder.close("completed")
+        return result
+
+    def _run(
+        self, run: ChainRun, rounds: int, initial_arrays: ArrayRecord | None
+    ) -> CooperResult:
+        started = time.monotonic()
+        result = CooperResult(run_dir=run.folder.path)
+        run.set_up(initial_arrays)
+        if self.options.once:
+            run.release()
+        for round_ in range(1, rounds + 1):
+            metrics = run.train_round(round_)
+            result.train_metrics_clientapp[round_] = MetricRecord(metrics)
+        evaluation, result.model = run.deliver()
+        result.evaluate_metrics_clientapp[rounds] = MetricRecord(evaluation)
+        self._summarise(run, evaluation, result.model, time.monotonic() - started)
+        run.finish()
+        return result
+
+    def summary(self) -> None:
+        """Log the options of the run."""
+        log(INFO, "CooperStrategy:")
+        for key, value in self.options.as_config().items():
+            log(INFO, "\t%-16s %s", key, "-" if value == "" else value)
+
+    def _summarise(
+        self, run: ChainRun, evaluation: Mapping[str, float], model: str, seconds: float
+    ) -> None:
+        traffic = run.relay.traffic
+        log(INFO, "Summary")
+        for name, value in evaluation.items():
+            log(INFO, "\theld-out %-10s %.4f", name, value)
+        log(INFO, "\ttime                %.1f s, %d messages", seconds, traffic.messages)
+        for link, nbytes in traffic.link_bytes.items():
+            log(INFO, "\tsent %-24s %s", link, size(nbytes))
+        for name, value in traffic.compute.items():
+            log(INFO, "\tin handlers %-17s %.1f s", name, value)
+        log(INFO, "\tmodel (owner's machine) %s", model)
+        log(INFO, "\trun directory           %s", run.folder.path)
+
+    # Flower's strategies are driven by start() through these. This one drives the chain
+    # itself, so nobody may call them.
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Not used; `start` drives the chain."""
+        _not_used()
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Not used; `start` drives the chain."""
+        _not_used()
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Not used; `start` drives the chain."""
+        _not_used()
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Not used; `start` drives the chain."""
+        _not_used()
+
+
+def _not_used() -> NoReturn:
+    raise CooperError("CooperStrategy drives the chain itself; call start()")
+
+
+def _refuse_unused(
+    train_config: ConfigRecord | None,
+    evaluate_config: ConfigRecord | None,
+    evaluate_fn: object,
+) -> None:
+    if train_config or evaluate_config:
+        raise OptionError(
+            "train_config and evaluate_config are not used: every party reads the run "
+            "config; put your options under its table 'task'"
+        )
+    if evaluate_fn is not None:
+        raise OptionError(
+            "evaluate_fn is not used: the relay has no model. The owner measures held-out "
+            "accuracy on its own test set"
+        )

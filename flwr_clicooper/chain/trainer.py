@@ -1,0 +1,183 @@
+"""A trainer: one segment between two cuts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from flwr.app import Message
+from torch import Tensor
+
+from flwr_clicooper.chain.auxiliary import WithAuxiliary
+from flwr_clicooper.chain.build import (
+    build_segments,
+    load_initial,
+    outgoing_specs,
+    trainers_for,
+)
+from flwr_clicooper.chain.delivered import digest
+from flwr_clicooper.chain.messages import (
+    ACTIVATIONS,
+    GRADIENTS,
+    LABELS,
+    WEIGHTS,
+    Action,
+    Header,
+    array_record,
+)
+from flwr_clicooper.chain.records import check_labels
+from flwr_clicooper.chain.stage import Stage, parse_specs, position_of
+from flwr_clicooper.chain.state import StateStore
+from flwr_clicooper.chain.tensors import decode_places, encode, encode_places
+from flwr_clicooper.chain.uploads import Uploads
+from flwr_clicooper.chain.worker import Reply, Session, Worker, initial_weights
+from flwr_clicooper.errors import MessageError, SplitError
+from flwr_clicooper.split.batches import Position
+from flwr_clicooper.split.specs import Tensors, as_tensors, check_tensors, describe
+
+
+class Trainer(Worker):
+    """Serves the messages of one trainer."""
+
+    def __init__(self, session: Session, store: StateStore, setup: dict[str, Any]) -> None:
+        super().__init__(session, store, setup)
+        options = session.options
+        self.index: int = setup["stage"]
+        self.who = f"segment {self.index}"
+        self.local = options.schedule == "local"
+        self.last = self.index == setup["trainers"] and options.label_side == "trainer"
+        self.plan = session.batch_plan(setup["records"])
+        incoming, self.outgoing = parse_specs(setup["incoming"]), parse_specs(setup["outgoing"])
+        self.label_spec = parse_specs([setup["labels"]])
+        (self.scores,) = parse_specs([setup["scores"]])
+        self.uploads = Uploads(
+            store, self.plan.records, setup["chunk-records"], incoming, self.label_spec, self.who
+        )
+        self.module = self._own_segment()
+        trained: torch.nn.Module = self.module
+        if self.local and not self.last:
+            classes = self.scores.shape[0]
+            trained = WithAuxiliary(self.module, self.outgoing, classes, options.seed)
+        stored_inputs = self.local or (self.index == 1 and options.once)
+        self.stage = Stage(
+            self.make_segment(trained, self.index),
+            self.plan,
+            incoming,
+            self.outgoing,
+            giver=f"segment {self.index - 1}",
+            input_grads=not stored_inputs,
+            refetch=self._stored_inputs if stored_inputs else None,
+        )
+        self.stages = [self.stage]
+
+    def _own_segment(self) -> torch.nn.Module:
+        segments = build_segments(self.session.task, self.session.config)
+        needed = trainers_for(segments, self.session.config)
+        if needed != self.setup["trainers"]:
+            raise SplitError(
+                f"trainer {self.index}'s task has segments for {needed} trainers, the "
+                f"owner's for {self.setup['trainers']}: both must run the same app"
+            )
+        return segments[self.index]
+
+    def start(self, message: Message) -> Reply:
+        """Check that the segment fits its neighbours; load initial weights."""
+        load_initial(self.module, initial_weights(message), self.index)
+        giver = f"segment {self.index - 1}"
+        found = outgoing_specs(self.module, self.stage.incoming, self.index, giver)
+        if found != self.outgoing:
+            raise SplitError(
+                f"segment {self.index} gives {describe(found)} on trainer {self.index}, but "
+                f"{describe(self.outgoing)} in the owner's task: both must run the same app"
+            )
+        return {"parameters": sum(p.numel() for p in self.module.parameters())}, {}
+
+    def handle(self, action: Action, header: Header, message: Message) -> Reply:
+        """Answer one message of the relay."""
+        persist = header.optional("persist", False)
+        match action:
+            case Action.UPLOAD:
+                self.changes |= self.uploads.accept(header, message)
+                return {}, {}
+            case Action.FORWARD:
+                return self._forward(position_of(header), message, persist=persist)
+            case Action.BACKWARD:
+                return self._backward(position_of(header), message, persist=persist)
+            case Action.LOCAL_EPOCH:
+                return self._local_epoch(header.get("round", int))
+            case Action.OUTPUTS:
+                return self._outputs(header.get("chunk", int))
+            case Action.CLOSE_ROUND:
+                self.changes |= self.stage.whole()
+                return {}, {}
+            case Action.DELIVER:
+                weights = self.module.state_dict()
+                return {"digest": digest(weights)}, {WEIGHTS: encode(weights)}
+        raise MessageError(f"a trainer does not answer {action}")
+
+    # -- lockstep ----------------------------------------------------------------
+
+    def _forward(self, at: Position, message: Message, *, persist: bool) -> Reply:
+        inputs: dict[int, Tensor] = {}
+        if self.stage.refetch is None:
+            what = f"{self.who}: activations at {at}"
+            inputs = decode_places(array_record(message, ACTIVATIONS), what)
+        if not self.last:
+            outputs = self.stage.forward(at, inputs, persist=persist)
+            return {}, {ACTIVATIONS: encode_places(outputs)}
+        loss, gradients = self.stage.loss_backward(
+            at, inputs, self._labels(at, message), self._loss, persist=persist
+        )
+        records = {GRADIENTS: encode_places(gradients)} if self.stage.input_grads else {}
+        return {"loss": loss}, records
+
+    def _backward(self, at: Position, message: Message, *, persist: bool) -> Reply:
+        what = f"{self.who}: gradients at {at}"
+        gradients = decode_places(array_record(message, GRADIENTS), what)
+        back = self.stage.backward(at, gradients, persist=persist)
+        return {}, ({GRADIENTS: encode_places(back)} if self.stage.input_grads else {})
+
+    def _labels(self, at: Position, message: Message) -> Tensor:
+        if self.session.options.once:
+            labels = self.uploads.labels(self.plan.indices(at))
+        else:
+            what = f"{self.who}: labels at {at}"
+            given = decode_places(array_record(message, LABELS), what)
+            check_tensors(
+                tuple(given.values()), self.label_spec, len(self.plan.indices(at)), what
+            )
+            labels = given[0]
+        return self._checked(labels)
+
+    def _checked(self, labels: Tensor) -> Tensor:
+        classifies = self.session.task.classifies
+        return check_labels(labels, self.scores, "uploaded") if classifies else labels
+
+    def _loss(self, outputs: Tensors, labels: Tensor) -> Tensor:
+        return self.session.task.loss(outputs[0], labels)
+
+    def _stored_inputs(self, at: Position) -> Tensors:
+        return self.uploads.activations(self.plan.indices(at))
+
+    # -- local schedule ----------------------------------------------------------
+
+    def _local_epoch(self, round_: int) -> Reply:
+        """Train one epoch on the stored inputs, without anybody's gradients."""
+        total = 0.0
+        for at in self.plan.positions(round_):
+            labels = self._checked(self.uploads.labels(self.plan.indices(at)))
+            value, _ = self.stage.loss_backward(at, {}, labels, self._loss, persist=False)
+            total += value
+        self.changes |= self.stage.whole()
+        return {"loss": total / self.plan.steps}, {}
+
+    def _outputs(self, chunk: int) -> Reply:
+        """Return what the trained segment gives for one chunk of its inputs."""
+        rows = self.uploads.chunk_rows(chunk)
+        inputs = self.uploads.activations(rows)
+        self.module.eval()
+        with torch.no_grad():
+            values = self.module(*(x.to(self.session.device) for x in inputs))
+        self.module.train()
+        return {}, {ACTIVATIONS: encode_places(as_tensors(values, self.who))}
+

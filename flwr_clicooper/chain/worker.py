@@ -1,0 +1,206 @@
+"""What owner and trainer have in common: serving one message on versioned state."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Context, Message
+from torch import nn
+
+from flwr_clicooper.chain.build import build_optimizer, device_of
+from flwr_clicooper.chain.messages import WEIGHTS, Action, Header, answer
+from flwr_clicooper.chain.roles import OWNER, Role, role_of, state_folder
+from flwr_clicooper.chain.stage import Changes, Stage
+from flwr_clicooper.chain.state import StateStore, WorkerCache
+from flwr_clicooper.chain.tensors import decode
+from flwr_clicooper.errors import MessageError
+from flwr_clicooper.options import Options, task_config
+from flwr_clicooper.split.batches import BatchPlan
+from flwr_clicooper.split.segment import Segment
+from flwr_clicooper.task import SplitTask
+
+Reply = tuple[dict[str, Any], dict[str, ArrayRecord]]
+
+# These read the state; all others change it, and so its version.
+_READING = frozenset({Action.RELEASE, Action.OUTPUTS, Action.DELIVER, Action.EVALUATE})
+
+
+@dataclass(frozen=True)
+class Session:
+    """A node in a run: the task, its configs, and where its files are."""
+
+    task: SplitTask
+    context: Context
+    options: Options
+    config: dict[str, Any]
+    role: Role
+    device: torch.device
+
+    @classmethod
+    def of(cls, task: SplitTask, context: Context) -> Session:
+        """Return the session of a context.
+
+        Raises
+        ------
+        OptionError, RoleError
+            An option of the run or the node is not allowed.
+        """
+        return cls(
+            task,
+            context,
+            Options.from_config(context.run_config),
+            task_config(context.run_config, context.node_config),
+            role_of(context.node_config),
+            device_of(context.node_config),
+        )
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What the process cache knows this node by."""
+        return self.context.run_id, self.context.node_id
+
+    def store(self) -> StateStore:
+        """Return the node's state on disk."""
+        return StateStore(state_folder(self.options, self.context))
+
+    def batch_plan(self, records: int) -> BatchPlan:
+        """Return the public order of the run's batches."""
+        o = self.options
+        return BatchPlan(records, o.batch_size, o.microbatches, o.seed, o.shuffle)
+
+
+class Worker(ABC):
+    """A party of the chain, alive in this process.
+
+    Parameters
+    ----------
+    session : Session
+        The node and the run.
+    store : StateStore
+        The node's files.
+    setup : dict
+        What the relay said at setup, as JSON values.
+    """
+
+    def __init__(self, session: Session, store: StateStore, setup: dict[str, Any]) -> None:
+        self.session = session
+        self.store = store
+        self.setup = setup
+        self.stages: list[Stage] = []
+        self.changes: Changes = {}
+
+    @abstractmethod
+    def handle(self, action: Action, header: Header, message: Message) -> Reply:
+        """Answer one message."""
+
+    @abstractmethod
+    def start(self, message: Message) -> Reply:
+        """Check and build everything at setup; the first state is stored after it."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the state's manifest keeps."""
+        facts: dict[str, Any] = {"setup": self.setup}
+        for stage in self.stages:
+            facts |= stage.facts()
+        return facts
+
+    def make_segment(self, module: nn.Module, index: int) -> Segment:
+        """Return a trainable segment on this node's device."""
+        module = module.to(self.session.device)
+        optimizer = build_optimizer(self.session.task, module, self.session.config)
+        return Segment(
+            module,
+            optimizer,
+            index=index,
+            seed=self.session.options.seed,
+            device=self.session.device,
+        )
+
+    def load(self) -> None:
+        """Set the stages to what the store has."""
+        for stage in self.stages:
+            stage.load(self.store, self.store.manifest.facts)
+
+    def commit(self, version: int, *, durable: bool) -> None:
+        """Write what changed."""
+        changes, self.changes = self.changes, {}
+        for stage in self.stages:
+            changes |= stage.take_changes()
+        self.store.commit(version, changes, self.facts(), durable=durable)
+
+
+CACHE: WorkerCache[Worker] = WorkerCache()
+
+
+def serve(task: SplitTask, action: Action, message: Message, context: Context) -> Message:
+    """Answer a message of the chain.
+
+    The header names the version of the state that the message is for, and whether
+    another process may get the next one (`persist`).
+
+    Raises
+    ------
+    CooperError
+        The message, the options or the state are not as they must be.
+    """
+    started = time.perf_counter()
+    session = Session.of(task, context)
+    header = Header.of(message)
+    if action is Action.FINISH:
+        CACHE.drop(session.key)
+        session.store().remove()
+        return answer(message, {})
+    version = header.get("version", int)
+    if action is Action.SETUP:
+        worker, reply = _set_up(session, header, message)
+    else:
+        worker = CACHE.take(session.key, version, lambda: _load(session, version))
+        reply = worker.handle(action, header, message)
+    if action not in _READING:
+        version += 1
+        if header.get("persist", bool):
+            durable = action in (Action.SETUP, Action.CLOSE_ROUND)
+            worker.commit(version, durable=durable)
+    CACHE.put(session.key, version, worker)
+    fields, records = reply
+    seconds = time.perf_counter() - started
+    return answer(message, {**fields, "version": version, "seconds": seconds}, records)
+
+
+def initial_weights(message: Message) -> Mapping[str, torch.Tensor]:
+    """Return the weights that a setup message brings, if any."""
+    records = message.content.array_records
+    return decode(records[WEIGHTS], "initial weights") if WEIGHTS in records else {}
+
+
+def _set_up(session: Session, header: Header, message: Message) -> tuple[Worker, Reply]:
+    if header.get("version", int) != 0:
+        raise MessageError("setup comes first: its version must be 0")
+    store = session.store()
+    store.remove()
+    worker = _worker_class(session)(session, store, header.as_dict())
+    reply = worker.start(message)
+    for stage in worker.stages:
+        worker.changes |= stage.whole()
+    return worker, reply
+
+
+def _load(session: Session, version: int) -> Worker:
+    store = session.store()
+    store.open(version)
+    worker = _worker_class(session)(session, store, store.manifest.facts["setup"])
+    worker.load()
+    return worker
+
+
+def _worker_class(session: Session) -> type[Worker]:
+    from flwr_clicooper.chain.owner import Owner
+    from flwr_clicooper.chain.trainer import Trainer
+
+    return Owner if session.role.name == OWNER else Trainer
+

@@ -1,0 +1,47 @@
+"""Every error this package raises on purpose.
+
+The text of an error may travel to the ServerApp and into logs, so it never holds
+a data value, a label or a key: it names who, where, and what is allowed.
+"""
+
+from __future__ import annotations
+
+
+class CooperError(Exception):
+    """Root of all errors of this package."""
+
+
+class OptionError(CooperError):
+    """A run option or node option is unknown or has a value that is not allowed."""
+
+
+class RoleError(CooperError):
+    """The federation's roles do not form a chain: missing, doubled or wrong."""
+
+
+class SplitError(CooperError):
+    """A model cannot be cut as asked, or its segments do not fit each other."""
+
+
+class DataError(CooperError):
+    """The owner's data set is empty, badly shaped, or its labels are out of range."""
+
+
+class MessageError(CooperError):
+    """A message is malformed, out of order, or holds a tensor that must be refused."""
+
+
+class StateError(CooperError):
+    """Stored state is missing, damaged, or not of the version the message is for."""
+
+
+class ClientFailure(CooperError):
+    """A client answered with an error; the text names the client and its reason."""
+
+
+class ClientTimeout(CooperError):
+    """A client did not answer in time."""
+
+
+class DeliveryError(CooperError):
+    """A delivered segment or a saved model is not what it should be."""

@@ -1,0 +1,1 @@
+"""How messages travel: in-process, or over any Flower ``Grid``."""

@@ -1,0 +1,228 @@
+"""Run options: parsed and validated in one place.
+
+Every option is a flat key of ``[tool.flwr.app.config]``. Keys under the table
+``task`` (``task.lr = 0.1``) belong to the user's own task and are not checked.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from flwr_clicooper.errors import OptionError
+
+TASK_PREFIX = "task."
+_REQUIRED = "(required)"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one option accepts: a sentence for people and a check that agrees with it."""
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (isinstance(value, float) or _is_int(value)) and math.isfinite(value)
+
+
+def _choice(*names: str) -> Rule:
+    return Rule("one of " + ", ".join(repr(n) for n in names), lambda v: v in names)
+
+
+_COUNT = Rule("an integer >= 1", lambda v: _is_int(v) and v >= 1)
+_SEED = Rule("an integer from 0 to 2**63 - 1", lambda v: _is_int(v) and 0 <= v < 2**63)
+_FLAG = Rule("true or false", lambda v: isinstance(v, bool))
+_POSITIVE = Rule("a number > 0", lambda v: _is_number(v) and v > 0)
+_PATH = Rule("a path", lambda v: isinstance(v, str) and bool(v))
+_OPTIONAL_PATH = Rule("a path, or empty for none", lambda v: isinstance(v, str))
+
+
+def _option(default: Any, rule: Rule, unit: str, meaning: str) -> Any:
+    metadata = {"rule": rule, "unit": unit, "meaning": meaning}
+    if default is _REQUIRED:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a run.
+
+    Attributes carry the option's name with underscores; ``Options.table()`` lists
+    every key with its default, unit and meaning.
+    """
+
+    release: str = _option(
+        _REQUIRED,
+        _choice("clean", "interactive"),
+        "",
+        "what the owner sends: its training activations once (`clean`), or a fresh "
+        "activation per step with the gradient coming back (`interactive`)",
+    )
+    num_rounds: int = _option(5, _COUNT, "epochs", "rounds; one round is one epoch")
+    batch_size: int = _option(256, _COUNT, "records", "records per optimizer step")
+    microbatches: int = _option(
+        1, _COUNT, "", "parts of a batch that are in flight together"
+    )
+    schedule: str = _option(
+        "lockstep",
+        _choice("lockstep", "local"),
+        "",
+        "exact end-to-end training, or each trainer by itself (no gradients between)",
+    )
+    pipeline: str = _option(
+        "1f1b",
+        _choice("gpipe", "1f1b"),
+        "",
+        "order of micro-batches at each stage; the result is the same",
+    )
+    label_side: str = _option(
+        "trainer",
+        _choice("trainer", "owner"),
+        "",
+        "who computes the loss: the last trainer, or the owner (U-shaped)",
+    )
+    learning_rate: float = _option(
+        0.05, _POSITIVE, "", "of the default optimizer (SGD, momentum 0.9)"
+    )
+    shuffle: bool = _option(True, _FLAG, "", "a new order of the records each round")
+    seed: int = _option(
+        0, _SEED, "", "initial weights, order of records, dropout; it is public"
+    )
+    timeout: float = _option(
+        600.0, _POSITIVE, "seconds", "longest wait for one answer, and for the chain to form"
+    )
+    run_dir: str = _option("runs", _PATH, "", "folder that gets one folder per run")
+    data_dir: str = _option(
+        "", _OPTIONAL_PATH, "", "handed to `SplitTask.datasets`; a node's own wins"
+    )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Options:
+        """Parse and validate a run config.
+
+        Parameters
+        ----------
+        config : Mapping[str, Any]
+            Flat kebab-case keys, as in ``context.run_config``.
+
+        Raises
+        ------
+        OptionError
+            A key is unknown, a value is not allowed, `release` is missing, or two
+            options contradict each other. The text says what is allowed.
+        """
+        known = {_key(f.name): f for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in config.items():
+            if key.startswith(TASK_PREFIX):
+                continue
+            if key not in known:
+                raise OptionError(_unknown(key, list(known)))
+            rule: Rule = known[key].metadata["rule"]
+            if not rule.accepts(value):
+                raise OptionError(
+                    f"option {key!r} is {value!r}; allowed is {rule.allowed}"
+                )
+            values[known[key].name] = value
+        if "release" not in values:
+            raise OptionError(
+                "option 'release' is missing: choose what the owner sends, "
+                f"{known['release'].metadata['rule'].allowed}"
+            )
+        options = cls(**values)
+        options._check_combination()
+        return options
+
+    def _check_combination(self) -> None:
+        if self.schedule != "local":
+            return
+        if self.release == "interactive":
+            raise OptionError(
+                "option 'schedule' is 'local' and 'release' is 'interactive': without "
+                "gradients between the parties the head cannot train; "
+                "use release = 'clean'"
+            )
+        if self.label_side == "owner":
+            raise OptionError(
+                "option 'schedule' is 'local' and 'label-side' is 'owner': each trainer "
+                "needs the labels to train by itself; use label-side = 'trainer'"
+            )
+        if self.microbatches != 1:
+            raise OptionError(
+                "option 'microbatches' is above 1 and 'schedule' is 'local': there is "
+                "no pipeline to fill; use microbatches = 1"
+            )
+
+    @property
+    def once(self) -> bool:
+        """Whether the owner's activations leave only once, before training."""
+        return self.release != "interactive"
+
+    def as_config(self) -> dict[str, Any]:
+        """Return the options as kebab-case keys, defaults filled in."""
+        return {_key(f.name): getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def table(cls) -> str:
+        """Return every option as the Markdown table that the README shows."""
+        lines = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
+        for option in fields(cls):
+            meta = option.metadata
+            required = option.name == "release"
+            default = "you must choose" if required else _toml(option.default)
+            unit = f" ({meta['unit']})" if meta["unit"] else ""
+            allowed = meta["rule"].allowed.replace("'", "`")
+            lines.append(
+                f"| `{_key(option.name)}` | {allowed}{unit} | {default} | {meta['meaning']} |"
+            )
+        return "\n".join(lines)
+
+
+def task_config(
+    run_config: Mapping[str, Any], node_config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the config that a task's methods get.
+
+    All options with their defaults, the user's ``task.*`` keys, and the node's own
+    ``data-dir`` in place of the run's.
+
+    Raises
+    ------
+    OptionError
+        As `Options.from_config`.
+    """
+    config = Options.from_config(run_config).as_config()
+    config.update({k: v for k, v in run_config.items() if k.startswith(TASK_PREFIX)})
+    if node_config.get("data-dir"):
+        config["data-dir"] = str(Path(str(node_config["data-dir"])).expanduser())
+    return config
+
+
+def _key(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value}`" if value != "" else "none"
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return (
+        f"unknown option {key!r}: {hint}Known options are {', '.join(sorted(known))}. "
+        f"Options of your own task go under the table 'task', as in {TASK_PREFIX}{key}"
+    )
