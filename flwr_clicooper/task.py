@@ -61,6 +61,14 @@ class SplitTask:
         trainable = [p for p in segment.parameters() if p.requires_grad]
         return torch.optim.SGD(trainable, lr=config["learning-rate"], momentum=0.9)
 
+    def lr_factor(self, progress: float, config: Config) -> float:
+        """Return what the learning rate is multiplied by; 1 by default.
+
+        ``progress`` is the share of the run's optimizer steps that are done, from 0 to
+        below 1. The factor depends on nothing else, so it survives a lost process.
+        """
+        return 1.0
+
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss over the records; cross-entropy by default.
 

@@ -77,6 +77,7 @@ class Owner(Worker):
                     self.specs[0],
                     "the data set",
                     input_grads=False,
+                    lr_factor=self.lr_factor,
                     refetch=lambda at: self._batch(at)[0],
                 )
             )
@@ -85,7 +86,15 @@ class Owner(Worker):
             tail = self.make_segment(self.segments[-1], index)
             giver = f"segment {index - 1}"
             stages.append(
-                Stage(tail, self.plan, self.specs[-2], self.specs[-1], giver, input_grads=True)
+                Stage(
+                    tail,
+                    self.plan,
+                    self.specs[-2],
+                    self.specs[-1],
+                    giver,
+                    input_grads=True,
+                    lr_factor=self.lr_factor,
+                )
             )
         return stages
 

@@ -80,7 +80,7 @@ class ChainRun:
         facts, _ = self.relay.ask(
             self.owner,
             Action.SETUP,
-            {"trainers": count},
+            {"trainers": count, "rounds": self.rounds},
             _initial(initial_arrays, own),
             persist=True,
         )
@@ -97,6 +97,7 @@ class ChainRun:
         for stage, node_id in enumerate(self.trainers, start=1):
             fields = {
                 "trainers": count,
+                "rounds": self.rounds,
                 "stage": stage,
                 "records": self.records,
                 "chunk-records": self.chunk_records,

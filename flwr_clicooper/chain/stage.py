@@ -38,6 +38,8 @@ class Stage:
         Who gives the inputs, for errors.
     input_grads : bool
         Whether the party before it wants gradients.
+    lr_factor : callable
+        Multiple of the learning rate at a position.
     refetch : callable or None
         Where the inputs come from when no message brings them; they are then not
         stored with a flight.
@@ -53,6 +55,7 @@ class Stage:
     outgoing: list[TensorSpec]
     giver: str
     input_grads: bool
+    lr_factor: Callable[[Position], float]
     refetch: Refetch | None = None
     changes: Changes = field(default_factory=dict)
     optimizer_rest: str = "null"
@@ -139,7 +142,7 @@ class Stage:
     def _finish(self, at: Position, *, persist: bool) -> None:
         """Step after a batch's last backward pass, which is in order of micro-batches."""
         if at.microbatch == self.plan.parts(at.step) - 1:
-            self.segment.step()
+            self.segment.step(self.lr_factor(at))
             if persist:
                 self.changes |= self.whole()
         elif persist:

@@ -66,6 +66,7 @@ class Trainer(Worker):
             self.outgoing,
             giver=f"segment {self.index - 1}",
             input_grads=not stored_inputs,
+            lr_factor=self.lr_factor,
             refetch=self._stored_inputs if stored_inputs else None,
         )
         self.stages = [self.stage]

@@ -20,7 +20,7 @@ from flwr_clicooper.chain.state import StateStore, WorkerCache
 from flwr_clicooper.chain.tensors import decode
 from flwr_clicooper.errors import MessageError
 from flwr_clicooper.options import Options, task_config
-from flwr_clicooper.split.batches import BatchPlan
+from flwr_clicooper.split.batches import BatchPlan, Position
 from flwr_clicooper.split.segment import Segment
 from flwr_clicooper.task import SplitTask
 
@@ -92,6 +92,7 @@ class Worker(ABC):
         self.store = store
         self.setup = setup
         self.stages: list[Stage] = []
+        self.plan: BatchPlan
         self.changes: Changes = {}
 
     @abstractmethod
@@ -120,6 +121,11 @@ class Worker(ABC):
             seed=self.session.options.seed,
             device=self.session.device,
         )
+
+    def lr_factor(self, at: Position) -> float:
+        """Return the task's multiple of the learning rate at a position."""
+        progress = self.plan.progress(at, self.setup["rounds"])
+        return self.session.task.lr_factor(progress, self.session.config)
 
     def load(self) -> None:
         """Set the stages to what the store has."""

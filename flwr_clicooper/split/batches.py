@@ -75,6 +75,10 @@ class BatchPlan:
         """Return the share of its batch that a micro-batch has."""
         return len(self.indices(at)) / self.batch_records(at.step)
 
+    def progress(self, at: Position, rounds: int) -> float:
+        """Return the share of a run's optimizer steps that come before a position."""
+        return ((at.round - 1) * self.steps + at.step) / (rounds * self.steps)
+
     def indices(self, at: Position) -> NDArray[np.int64]:
         """Return the record indices of one micro-batch, int64, shape ``[n]``."""
         order = _epoch_order(self.records, self.seed, at.round, self.shuffle)

@@ -196,8 +196,13 @@ class Segment:
             torch.autograd.backward(value * weight)
         return float(value.detach()), _gradients(flight.leaves) if input_grads else {}
 
-    def step(self) -> None:
+    def step(self, lr_factor: float = 1.0) -> None:
         """Apply the accumulated gradients and clear them.
+
+        Parameters
+        ----------
+        lr_factor : float
+            Multiplies the learning rate that the optimizer was made with.
 
         Raises
         ------
@@ -209,9 +214,7 @@ class Segment:
                 f"segment {self.index}: an optimizer step came while micro-batches "
                 f"{sorted(self.flights)} are in flight"
             )
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+        step_optimizer(self.optimizer, lr_factor)
 
     def _run(self, at: Position, flight: Flight, input_grads: bool) -> None:
         leaves = tuple(x.to(self.device) for x in flight.inputs)
@@ -312,6 +315,16 @@ class Segment:
         self.optimizer.load_state_dict(
             {"state": state, "param_groups": saved["param_groups"]}
         )
+
+
+def step_optimizer(optimizer: Optimizer | None, lr_factor: float) -> None:
+    """Step with a multiple of the optimizer's first learning rate; clear gradients."""
+    if optimizer is None:
+        return
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flwr_clicooper.split.batches import BatchPlan, Position, derive_seed
-from flwr_clicooper.split.segment import Loss, seeded
+from flwr_clicooper.split.segment import Loss, seeded, step_optimizer
 from flwr_clicooper.split.specs import Tensors, as_tensors
 
 Fetch = Callable[[Position], tuple[Tensors, Tensor]]
@@ -40,6 +40,7 @@ def train_unsplit(
     rounds: int,
     *,
     frozen_head: bool,
+    lr_factor: Callable[[float], float] = lambda progress: 1.0,
     on_step: Callable[[Position, float], None] | None = None,
 ) -> list[float]:
     """Train segments in one process as the lockstep schedule trains them in a chain.
@@ -60,6 +61,8 @@ def train_unsplit(
         Epochs.
     frozen_head : bool
         Whether the first segment only computes, in eval mode (release `clean`).
+    lr_factor : callable
+        Multiple of the learning rate for the share of steps done.
     on_step : callable, optional
         Called with the position and loss of each step.
 
@@ -81,10 +84,9 @@ def train_unsplit(
                 value = loss(outputs, labels)
                 torch.autograd.backward(value * plan.weight(at))
                 total += float(value.detach()) * plan.weight(at)
+            factor = lr_factor(plan.progress(Position(round_, step, 0), rounds))
             for optimizer in optimizers:
-                if optimizer is not None:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                step_optimizer(optimizer, factor)
             losses.append(total)
             if on_step is not None:
                 on_step(Position(round_, step, 0), total)
