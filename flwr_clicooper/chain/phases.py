@@ -260,13 +260,11 @@ class ChainRun:
         self.relay.ask_all([self.owner, *self.trainers], Action.FINISH, {})
 
     def abandon(self) -> None:
-        """After a failure: let parties that still answer delete their state."""
+        """After a failure: let every party that still answers delete its state."""
         if self.progress is not None:
             self.progress.close()
         relay = Relay(self.grid, self.relay.names, _GOODBYE)
         for node_id in [self.owner, *self.trainers]:
-            if node_id in self.relay.busy:
-                continue
             try:
                 relay.ask(node_id, Action.FINISH, {})
             except CooperError as error:

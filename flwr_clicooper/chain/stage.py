@@ -73,10 +73,8 @@ class Stage:
         Raises
         ------
         MessageError
-            The position does not exist, or a tensor is not what must come.
+            A tensor is not what must come.
         """
-        if not (0 <= at.step < self.plan.steps and 0 <= at.microbatch < self.plan.parts(at.step)):
-            raise MessageError(f"segment {self.segment.index}: there is no {at}")
         values = self.refetch(at) if self.refetch else tuple(tensors.values())
         what = f"segment {self.segment.index}: activations from {self.giver} at {at}"
         check_tensors(values, self.incoming, len(self.plan.indices(at)), what)
@@ -86,6 +84,7 @@ class Stage:
         self, at: Position, tensors: Mapping[int, Tensor], *, persist: bool
     ) -> Tensors:
         """Run a forward pass; return the outputs."""
+        self._check(at)
         inputs = self.inputs(at, tensors)
         outputs = self.segment.forward(
             at, inputs, input_grads=self.input_grads, keep_buffers=persist
@@ -103,8 +102,10 @@ class Stage:
         self, at: Position, tensors: Mapping[int, Tensor], *, persist: bool
     ) -> dict[int, Tensor]:
         """Run a backward pass, and the optimizer step after a batch's last one."""
+        self._check(at)
         records = len(self.plan.indices(at))
-        what = f"segment {self.segment.index}: gradient from the segment after it at {at}"
+        index = self.segment.index
+        what = f"segment {index}: gradient from segment {index + 1} at {at}"
         for place, tensor in tensors.items():
             if place >= len(self.outgoing):
                 raise MessageError(f"{what}: there is no output {place}")
@@ -126,6 +127,7 @@ class Stage:
         persist: bool,
     ) -> tuple[float, dict[int, Tensor]]:
         """Run forward, loss and backward on the last segment; step after a batch's last."""
+        self._check(at)
         inputs = self.inputs(at, tensors)
         if len(labels) != len(inputs[0]):
             raise MessageError(
@@ -138,6 +140,10 @@ class Stage:
         )
         self._finish(at, persist=persist)
         return value * weight, gradients
+
+    def _check(self, at: Position) -> None:
+        if not self.plan.has(at):
+            raise MessageError(f"segment {self.segment.index}: the run has no {at}")
 
     def _finish(self, at: Position, *, persist: bool) -> None:
         """Step after a batch's last backward pass, which is in order of micro-batches."""
@@ -210,12 +216,9 @@ def position_of(header: Header) -> Position:
     Raises
     ------
     MessageError
-        A number is missing or out of range.
+        A number is missing.
     """
-    at = Position(*(header.get(name, int) for name in ("round", "step", "microbatch")))
-    if at.round < 1 or at.step < 0 or at.microbatch < 0:
-        raise MessageError(f"there is no {at}")
-    return at
+    return Position(*(header.get(name, int) for name in ("round", "step", "microbatch")))
 
 
 def parse_specs(texts: Sequence[str]) -> list[TensorSpec]:

@@ -26,7 +26,7 @@ from flwr_clicooper.chain.messages import (
     array_record,
 )
 from flwr_clicooper.chain.records import check_labels
-from flwr_clicooper.chain.stage import Stage, parse_specs, position_of
+from flwr_clicooper.chain.stage import Changes, Stage, parse_specs, position_of
 from flwr_clicooper.chain.state import StateStore
 from flwr_clicooper.chain.tensors import decode_places, encode, encode_places
 from flwr_clicooper.chain.uploads import Uploads
@@ -98,7 +98,7 @@ class Trainer(Worker):
         persist = header.optional("persist", False)
         match action:
             case Action.UPLOAD:
-                self.changes |= self.uploads.accept(header, message)
+                self.changes |= self._upload(header, message)
                 return {}, {}
             case Action.FORWARD:
                 return self._forward(position_of(header), message, persist=persist)
@@ -115,6 +115,13 @@ class Trainer(Worker):
                 weights = self.module.state_dict()
                 return {"digest": digest(weights)}, {WEIGHTS: encode(weights)}
         raise MessageError(f"a trainer does not answer {action}")
+
+    def _upload(self, header: Header, message: Message) -> Changes:
+        parts = self.uploads.accept(header, message)
+        for name, tensors in parts.items():
+            if name.startswith(LABELS) and tensors is not None:
+                self._checked(tensors["0"])
+        return parts
 
     # -- lockstep ----------------------------------------------------------------
 
@@ -140,15 +147,11 @@ class Trainer(Worker):
 
     def _labels(self, at: Position, message: Message) -> Tensor:
         if self.session.options.once:
-            labels = self.uploads.labels(self.plan.indices(at))
-        else:
-            what = f"{self.who}: labels at {at}"
-            given = decode_places(array_record(message, LABELS), what)
-            check_tensors(
-                tuple(given.values()), self.label_spec, len(self.plan.indices(at)), what
-            )
-            labels = given[0]
-        return self._checked(labels)
+            return self.uploads.labels(self.plan.indices(at))
+        what, records = f"{self.who}: labels at {at}", len(self.plan.indices(at))
+        given = decode_places(array_record(message, LABELS), what)
+        check_tensors(tuple(given.values()), self.label_spec, records, what)
+        return self._checked(given[0])
 
     def _checked(self, labels: Tensor) -> Tensor:
         classifies = self.session.task.classifies
@@ -166,7 +169,7 @@ class Trainer(Worker):
         """Train one epoch on the stored inputs, without anybody's gradients."""
         total = 0.0
         for at in self.plan.positions(round_):
-            labels = self._checked(self.uploads.labels(self.plan.indices(at)))
+            labels = self.uploads.labels(self.plan.indices(at))
             value, _ = self.stage.loss_backward(at, {}, labels, self._loss, persist=False)
             total += value
         self.changes |= self.stage.whole()

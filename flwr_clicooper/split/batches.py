@@ -75,6 +75,11 @@ class BatchPlan:
         """Return the share of its batch that a micro-batch has."""
         return len(self.indices(at)) / self.batch_records(at.step)
 
+    def has(self, at: Position) -> bool:
+        """Return whether a position exists."""
+        step_exists = at.round >= 1 and 0 <= at.step < self.steps
+        return step_exists and 0 <= at.microbatch < self.parts(at.step)
+
     def progress(self, at: Position, rounds: int) -> float:
         """Return the share of a run's optimizer steps that come before a position."""
         return ((at.round - 1) * self.steps + at.step) / (rounds * self.steps)
