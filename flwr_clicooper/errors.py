@@ -35,11 +35,11 @@ class StateError(CooperError):
     """Stored state is missing, damaged, or not of the version the message is for."""
 
 
-class ClientFailure(CooperError):
+class ClientError(CooperError):
     """A client answered with an error; the text names the client and its reason."""
 
 
-class ClientTimeout(CooperError):
+class ClientTimeoutError(CooperError):
     """A client did not answer in time."""
 
 

@@ -71,9 +71,7 @@ class Options:
     )
     num_rounds: int = _option(5, _COUNT, "epochs", "rounds; one round is one epoch")
     batch_size: int = _option(256, _COUNT, "records", "records per optimizer step")
-    microbatches: int = _option(
-        1, _COUNT, "", "parts of a batch that are in flight together"
-    )
+    microbatches: int = _option(1, _COUNT, "", "parts of a batch that are in flight together")
     schedule: str = _option(
         "lockstep",
         _choice("lockstep", "local"),
@@ -131,9 +129,7 @@ class Options:
                 raise OptionError(_unknown(key, list(known)))
             rule: Rule = known[key].metadata["rule"]
             if not rule.accepts(value):
-                raise OptionError(
-                    f"option {key!r} is {value!r}; allowed is {rule.allowed}"
-                )
+                raise OptionError(f"option {key!r} is {value!r}; allowed is {rule.allowed}")
             values[known[key].name] = value
         if "release" not in values:
             raise OptionError(

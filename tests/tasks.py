@@ -46,9 +46,7 @@ class ConvTask(SplitTask):
         return TensorDataset(x[:cut], y[:cut]), TensorDataset(x[cut:], y[cut:])
 
     def optimizer(self, segment: nn.Module, config: Any) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            segment.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3
-        )
+        return torch.optim.SGD(segment.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
 
 
 class LinearTask(SplitTask):

@@ -7,6 +7,7 @@ the run's seed (initial weights, order of records, dropout by position).
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,21 @@ class ForgetfulGrid(LocalGrid):
         return super().push_messages(messages)
 
 
+class TwoProcessGrid(LocalGrid):
+    """Every message meets one of two processes, which both remember what they did."""
+
+    warm = False
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.choose = random.Random(0)
+        self.processes: list[dict[Any, Any]] = [{}, {}]
+
+    def push_messages(self, messages: Any) -> Any:
+        CACHE._workers = self.choose.choice(self.processes)
+        return super().push_messages(messages)
+
+
 def task_for(trainers: int, label_side: str) -> ConvTask:
     return ConvTask(middle=trainers - (label_side == "trainer"))
 
@@ -118,15 +134,20 @@ def test_chain_equals_one_process(
 @pytest.mark.parametrize("microbatches", [1, 4])
 @pytest.mark.parametrize("label_side", ["trainer", "owner"])
 @pytest.mark.parametrize("release", ["clean", "interactive"])
-def test_a_new_process_per_message_changes_nothing(
-    release: str, label_side: str, microbatches: int, tmp_path: Path
+@pytest.mark.parametrize("grid_class", [ForgetfulGrid, TwoProcessGrid])
+def test_it_does_not_matter_which_process_serves_a_message(
+    grid_class: type[LocalGrid],
+    release: str,
+    label_side: str,
+    microbatches: int,
+    tmp_path: Path,
 ) -> None:
     task = task_for(2, label_side)
     result = run_local(
         task,
         2,
         tmp_path,
-        ForgetfulGrid,
+        grid_class,
         release=release,
         label_side=label_side,
         microbatches=microbatches,

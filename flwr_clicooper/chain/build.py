@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,9 +57,7 @@ def build_optimizer(task: SplitTask, module: nn.Module, config: Config) -> Optim
     return task.optimizer(module, config)
 
 
-def load_initial(
-    module: nn.Module, weights: dict[str, Tensor], index: int
-) -> None:
+def load_initial(module: nn.Module, weights: Mapping[str, Tensor], index: int) -> None:
     """Load the weights that are named ``"<index>.<name>"``, where there are any."""
     prefix = f"{index}."
     own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}

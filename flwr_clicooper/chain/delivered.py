@@ -13,8 +13,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from flwr_clicooper.chain.build import build_segments
-from flwr_clicooper.files import write_atomically
 from flwr_clicooper.errors import CooperError, DeliveryError
+from flwr_clicooper.files import write_atomically
 from flwr_clicooper.split.segment import load_weights
 from flwr_clicooper.split.unsplit import Chain
 from flwr_clicooper.task import SplitTask

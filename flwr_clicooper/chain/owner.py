@@ -131,7 +131,9 @@ class Owner(Worker):
         persist = header.optional("persist", False)
         match action:
             case Action.RELEASE:
-                return self._release(header.get("chunk", int), header.get("chunk-records", int))
+                return self._release(
+                    header.get("chunk", int), header.get("chunk-records", int)
+                )
             case Action.FORWARD:
                 return self._forward(header, message, persist=persist)
             case Action.BACKWARD:
@@ -196,6 +198,7 @@ class Owner(Worker):
 
     def _forward(self, header: Header, message: Message, *, persist: bool) -> Reply:
         stage, at = self._stage(header), position_of(header)
+        stage.check(at)
         if stage.segment.index == 0:
             outputs = stage.forward(at, {}, persist=persist)
             records = {ACTIVATIONS: encode_places(outputs)}
@@ -266,4 +269,3 @@ class Owner(Worker):
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config without the paths of this machine."""
     return {**config, "data-dir": "", "run-dir": ""}
-

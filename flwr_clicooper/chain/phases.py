@@ -88,7 +88,11 @@ class ChainRun:
         self.chunk_records = facts.get("chunk-records", int)
         options = self.options
         self.plan = BatchPlan(
-            self.records, options.batch_size, options.microbatches, options.seed, options.shuffle
+            self.records,
+            options.batch_size,
+            options.microbatches,
+            options.seed,
+            options.shuffle,
         )
         cuts = [facts.texts(f"cut-{i}") for i in range(facts.get("segments", int))]
         held_out = facts.get("held-out-records", int)
@@ -141,11 +145,10 @@ class ChainRun:
                 local = self.options.schedule == "local"
                 for taker in self.trainers if local else self.trainers[-1:]:
                     self._upload(self.owner, taker, chunk, {LABELS: given[LABELS]})
-        sent = sum(self.relay.traffic.link_bytes.values())
         log(
             INFO,
             "Released once: %s in %.1f s. %s",
-            size(sent),
+            size(self.relay.traffic.total_bytes),
             time.monotonic() - started,
             "The owner may go offline until delivery."
             if self.options.label_side == "trainer"
@@ -189,14 +192,21 @@ class ChainRun:
             self.progress = StepProgress(self.rounds, self.plan.steps)
         total = 0.0
         for step in range(self.plan.steps):
-            started = time.monotonic()
+            started, traffic = time.monotonic(), self.relay.traffic
+            messages, sent = traffic.messages, traffic.total_bytes
             loss = pipeline.step(round_, step, self.plan.parts(step))
             records = self.plan.batch_records(step)
             total += loss * records
-            sent = sum(self.relay.traffic.link_bytes.values())
-            seconds = time.monotonic() - started
-            self.folder.note("step", round=round_, step=step, loss=loss, seconds=seconds)
-            self.progress.step(round_, step, loss, records, sent)
+            self.folder.note(
+                "step",
+                round=round_,
+                step=step,
+                loss=loss,
+                seconds=time.monotonic() - started,
+                messages=traffic.messages - messages,
+                bytes=traffic.total_bytes - sent,
+            )
+            self.progress.step(round_, step, loss, records, traffic.total_bytes)
         if round_ == self.rounds:
             self.progress.close()
         return total / self.records
@@ -216,7 +226,7 @@ class ChainRun:
                 self.rounds,
                 stage,
                 loss,
-                size(sum(self.relay.traffic.link_bytes.values())),
+                size(self.relay.traffic.total_bytes),
             )
             if stage < len(self.trainers):
                 self._hand_over(node_id, self.trainers[stage])
@@ -281,5 +291,3 @@ def _initial(arrays: ArrayRecord | None, segments: list[int]) -> Records:
         if name.split(".", 1)[0] in map(str, segments)
     }
     return {WEIGHTS: ArrayRecord(wanted)} if wanted else {}
-
-

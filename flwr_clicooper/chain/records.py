@@ -40,9 +40,13 @@ class LabelledSet:
         try:
             self.records = len(dataset)  # type: ignore[arg-type]
         except TypeError as error:
-            raise DataError(f"the {name} set has no length; give a map-style data set") from error
+            raise DataError(
+                f"the {name} set has no length; give a map-style data set"
+            ) from error
         if self.records == 0:
-            raise DataError(f"the {name} set is empty; datasets() must give at least one record")
+            raise DataError(
+                f"the {name} set is empty; datasets() must give at least one record"
+            )
 
     def fetch(self, indices: Indices) -> tuple[Tensors, Tensor]:
         """Return inputs and labels of some records.
@@ -144,5 +148,3 @@ class StoredRecords:
             rows = torch.from_numpy(indices[here] - chunk * self.rows_per_chunk)
             out[torch.from_numpy(here)] = self.chunks[chunk][name][rows]
         return out
-
-

@@ -5,7 +5,7 @@ The relay passes tensors on without decoding them.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 
 from flwr_clicooper.chain.messages import Action, Header, instruction, payload_bytes
-from flwr_clicooper.errors import ClientFailure
+from flwr_clicooper.errors import ClientError
 from flwr_clicooper.grids.exchange import Exchange
 
 Records = Mapping[str, ArrayRecord]
@@ -30,13 +30,18 @@ class Traffic:
         Requests; each has one reply.
     link_bytes : Counter of str
         Tensor bytes by link, such as ``"owner -> trainer 1"``.
-    compute : Counter of str
+    compute : dict of str to float
         Seconds inside a party's handlers, by party.
     """
 
     messages: int = 0
     link_bytes: Counter[str] = field(default_factory=Counter)
-    compute: Counter[str] = field(default_factory=Counter)
+    compute: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def total_bytes(self) -> int:
+        """Tensor bytes over all links."""
+        return sum(self.link_bytes.values())
 
 
 class Relay:
@@ -87,18 +92,20 @@ class Relay:
 
         Raises
         ------
-        ClientFailure
+        ClientError
             A client answered with an error.
-        ClientTimeout
+        ClientTimeoutError
             A client did not answer in time.
         """
-        found = []
+        found: list[tuple[str, Header, Records]] = []
         for reply in self.exchange.pull():
             node_id = reply.metadata.src_node_id
             self.busy.discard(node_id)
             header = check_answer(reply, self.names[node_id])
             self._versions[node_id] = header.optional("version", self._versions[node_id])
-            self.traffic.compute[_short(self.names[node_id])] += header.optional("seconds", 0.0)
+            self.traffic.compute[_short(self.names[node_id])] += header.optional(
+                "seconds", 0.0
+            )
             records = dict(reply.content.array_records)
             found.append((reply.metadata.reply_to_message_id, header, records))
         return found
@@ -117,9 +124,7 @@ class Relay:
         ((_, header, reply),) = self.receive()
         return header, reply
 
-    def ask_all(
-        self, node_ids: list[int], action: Action, fields: Mapping[str, Any]
-    ) -> None:
+    def ask_all(self, node_ids: list[int], action: Action, fields: Mapping[str, Any]) -> None:
         """Send the same instruction to several nodes and wait for all replies."""
         for node_id in node_ids:
             self.send(node_id, action, fields)
@@ -137,16 +142,16 @@ def check_answer(reply: Message, name: str) -> Header:
 
     Raises
     ------
-    ClientFailure
+    ClientError
         The reply is an error of the client or of Flower; the text names the client.
     """
     action = reply.metadata.message_type
     if reply.has_error():
         reason = (reply.error.reason or f"Flower error {reply.error.code}").strip()
-        raise ClientFailure(f"{name} failed at {action}: {reason}")
+        raise ClientError(f"{name} failed at {action}: {reason}")
     header = Header.of(reply)
     if "error" in header:
-        raise ClientFailure(f"{name} failed at {action}: {header.get('error', str)}")
+        raise ClientError(f"{name} failed at {action}: {header.get('error', str)}")
     return header
 
 
@@ -155,13 +160,13 @@ def required(records: Records, name: str, who: str) -> ArrayRecord:
 
     Raises
     ------
-    ClientFailure
+    ClientError
         The reply does not have it.
     """
     if name not in records:
-        raise ClientFailure(f"{who} answered without {name}: a mod or another version?")
+        raise ClientError(f"{who} answered without {name}: a mod or another version?")
     return records[name]
 
 
 def _short(name: str) -> str:
-    return name.split(" (")[0]
+    return name.split(" (", maxsplit=1)[0]

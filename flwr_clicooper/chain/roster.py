@@ -76,9 +76,9 @@ class Roster:
     def missing(self) -> list[str]:
         """Return who is needed and not there."""
         if not self.owner:
-            return ["an owner (role=\"owner\")"]
+            return ['an owner (role="owner")']
         absent = [s for s in range(1, self.needed + 1) if s not in self.trainers]
-        return [f"a trainer of stage {s} (role=\"trainer\" stage={s})" for s in absent]
+        return [f'a trainer of stage {s} (role="trainer" stage={s})' for s in absent]
 
     def settle(self) -> None:
         """Make simulated nodes beyond the chain standbys; refuse others.

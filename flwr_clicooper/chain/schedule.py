@@ -21,9 +21,7 @@ class Operation(NamedTuple):
     microbatch: int
 
 
-def stage_order(
-    pipeline: str, stage: int, stages: int, microbatches: int
-) -> list[Operation]:
+def stage_order(pipeline: str, stage: int, stages: int, microbatches: int) -> list[Operation]:
     """Return what a stage does in one optimizer step, in order.
 
     Backward passes come in the order of micro-batches in both pipelines, so gradients

@@ -84,7 +84,7 @@ class Stage:
         self, at: Position, tensors: Mapping[int, Tensor], *, persist: bool
     ) -> Tensors:
         """Run a forward pass; return the outputs."""
-        self._check(at)
+        self.check(at)
         inputs = self.inputs(at, tensors)
         outputs = self.segment.forward(
             at, inputs, input_grads=self.input_grads, keep_buffers=persist
@@ -102,7 +102,7 @@ class Stage:
         self, at: Position, tensors: Mapping[int, Tensor], *, persist: bool
     ) -> dict[int, Tensor]:
         """Run a backward pass, and the optimizer step after a batch's last one."""
-        self._check(at)
+        self.check(at)
         records = len(self.plan.indices(at))
         index = self.segment.index
         what = f"segment {index}: gradient from segment {index + 1} at {at}"
@@ -127,7 +127,7 @@ class Stage:
         persist: bool,
     ) -> tuple[float, dict[int, Tensor]]:
         """Run forward, loss and backward on the last segment; step after a batch's last."""
-        self._check(at)
+        self.check(at)
         inputs = self.inputs(at, tensors)
         if len(labels) != len(inputs[0]):
             raise MessageError(
@@ -141,7 +141,8 @@ class Stage:
         self._finish(at, persist=persist)
         return value * weight, gradients
 
-    def _check(self, at: Position) -> None:
+    def check(self, at: Position) -> None:
+        """Refuse a position that the run does not have."""
         if not self.plan.has(at):
             raise MessageError(f"segment {self.segment.index}: the run has no {at}")
 
@@ -200,7 +201,7 @@ class Stage:
                     for k, v in stored.items()
                     if k.startswith("buffer/")
                 }
-                flight = Flight(tuple(stored[k] for k in inputs), buffers)
+                flight = Flight(tuple(stored[k] for k in inputs), buffers, stored=True)
                 segment.flights[int(part.removeprefix(prefix))] = flight
 
     def _restore_inputs(self, at: Position) -> None:

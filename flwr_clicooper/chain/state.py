@@ -153,9 +153,7 @@ class WorkerCache(Generic[Worker]):
     def __init__(self) -> None:
         self._workers: dict[tuple[int, int], tuple[int, Worker]] = {}
 
-    def take(
-        self, key: tuple[int, int], version: int, load: Callable[[], Worker]
-    ) -> Worker:
+    def take(self, key: tuple[int, int], version: int, load: Callable[[], Worker]) -> Worker:
         """Take a worker out of the cache at a version, or load it from its files.
 
         The worker is gone from the cache until `put`: if handling a message fails half

@@ -117,9 +117,7 @@ class CooperStrategy(Strategy):
             raise OptionError(f"num_rounds is {rounds}; allowed is an integer >= 1")
         wait = self.options.timeout if timeout is None else timeout
         run_id = grid.run.run_id
-        folder = RunFolder(
-            run_folder(self.options, run_id), run_id, self.options.as_config()
-        )
+        folder = RunFolder(run_folder(self.options, run_id), run_id, self.options.as_config())
         run: ChainRun | None = None
         try:
             self.summary()
@@ -146,9 +144,9 @@ class CooperStrategy(Strategy):
             run.release()
         for round_ in range(1, rounds + 1):
             metrics = run.train_round(round_)
-            result.train_metrics_clientapp[round_] = MetricRecord(metrics)
+            result.train_metrics_clientapp[round_] = MetricRecord({**metrics})
         evaluation, result.model = run.deliver()
-        result.evaluate_metrics_clientapp[rounds] = MetricRecord(evaluation)
+        result.evaluate_metrics_clientapp[rounds] = MetricRecord({**evaluation})
         self._summarise(run, evaluation, result.model, time.monotonic() - started)
         run.finish()
         return result

@@ -8,8 +8,10 @@ the tensor in row-major order, little-endian.
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,6 +22,15 @@ from flwr_clicooper.errors import MessageError
 
 RAW = "clicooper.raw"
 NPY = "numpy.ndarray"
+
+_NPY_DTYPES = (
+    *("float16", "float32", "float64", "complex64", "complex128"),
+    *("int8", "int16", "int32", "int64", "uint8", "bool"),
+)
+_DTYPES: dict[tuple[str, str], torch.dtype] = {
+    (RAW, "bfloat16"): torch.bfloat16,
+    **{(NPY, name): getattr(torch, name) for name in _NPY_DTYPES},
+}
 
 # Decoded tensors are views of the message's bytes and nothing here writes to them.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -41,15 +52,12 @@ def encode_tensor(tensor: Tensor) -> Array:
     tensor = tensor.detach().cpu().contiguous()
     shape = tuple(tensor.shape)
     if tensor.dtype == torch.bfloat16:
-        data = tensor.view(torch.uint8).numpy().tobytes()
+        data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         return Array("bfloat16", shape, RAW, data)
     array = tensor.numpy()
-    head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        head, np.lib.format.header_data_from_array_1_0(array)
-    )
-    body = memoryview(array).cast("B") if array.nbytes and array.ndim else array.tobytes()
-    return Array(str(array.dtype), shape, NPY, b"".join((head.getvalue(), body)))
+    head = _npy_header(str(array.dtype), shape)
+    body = array.reshape(-1).view(np.uint8).data
+    return Array(str(array.dtype), shape, NPY, b"".join((head, body)))
 
 
 def decode(record: ArrayRecord, what: str) -> dict[str, Tensor]:
@@ -74,7 +82,9 @@ def decode_places(record: ArrayRecord, what: str) -> dict[int, Tensor]:
     for name in record:
         if not name.isascii() or not name.isdigit() or str(int(name)) != name:
             raise MessageError(f"{what}: {name!r} is not the place of a tensor")
-    return {int(k): v for k, v in sorted(decode(record, what).items(), key=lambda p: int(p[0]))}
+    return {
+        int(k): v for k, v in sorted(decode(record, what).items(), key=lambda p: int(p[0]))
+    }
 
 
 def decode_tensor(array: Array, what: str) -> Tensor:
@@ -85,37 +95,32 @@ def decode_tensor(array: Array, what: str) -> Tensor:
     MessageError
         As `decode`.
     """
-    dtype = getattr(torch, array.dtype, None)
-    if not isinstance(dtype, torch.dtype) or array.stype not in (RAW, NPY):
+    dtype, shape = _DTYPES.get((array.stype, array.dtype)), tuple(array.shape)
+    if dtype is None:
         raise MessageError(
             f"{what}: dtype {array.dtype!r} with serialisation {array.stype!r} is not known"
         )
-    offset = _npy_offset(array, what) if array.stype == NPY else 0
-    count = 1
-    for size in array.shape:
-        count *= size
-    if any(size < 0 for size in array.shape) or len(array.data) != offset + count * dtype.itemsize:
+    if any(size < 0 for size in shape):
+        raise MessageError(f"{what}: {list(shape)} is not a shape")
+    # Comparing with the header that must stand there parses nothing that came.
+    head = _npy_header(array.dtype, shape) if array.stype == NPY else b""
+    count = math.prod(shape)
+    expected = len(head) + count * dtype.itemsize
+    if len(array.data) != expected or not array.data.startswith(head):
         raise MessageError(
-            f"{what}: {len(array.data) - offset} bytes came for "
-            f"{array.dtype}{list(array.shape)}"
+            f"{what}: the {len(array.data)} bytes are not those of "
+            f"{array.dtype}{list(shape)}, which are {expected}"
         )
     if count == 0:
-        return torch.empty(array.shape, dtype=dtype)
-    view = torch.frombuffer(array.data, dtype=dtype, offset=offset, count=count)
-    return view.reshape(array.shape)
+        return torch.empty(shape, dtype=dtype)
+    view = torch.frombuffer(array.data, dtype=dtype, offset=len(head), count=count)
+    return view.reshape(shape)
 
 
-def _npy_offset(array: Array, what: str) -> int:
-    """Check an ``.npy`` header against the array's fields; return where its data begin."""
-    stream = io.BytesIO(array.data)
-    try:
-        if np.lib.format.read_magic(stream) != (1, 0):
-            raise ValueError("version")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except ValueError as error:
-        raise MessageError(f"{what}: the bytes are not a version 1.0 .npy file") from error
-    if shape != tuple(array.shape) or fortran or dtype != np.dtype(array.dtype):
-        raise MessageError(
-            f"{what}: the .npy header does not agree with {array.dtype}{list(array.shape)}"
-        )
-    return stream.tell()
+@lru_cache(maxsize=256)
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """Return the one version 1.0 header that NumPy writes for a dtype and a shape."""
+    stream = io.BytesIO()
+    fields = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, fields)
+    return stream.getvalue()

@@ -47,11 +47,19 @@ class Trainer(Worker):
         self.local = options.schedule == "local"
         self.last = self.index == setup["trainers"] and options.label_side == "trainer"
         self.plan = session.batch_plan(setup["records"])
-        incoming, self.outgoing = parse_specs(setup["incoming"]), parse_specs(setup["outgoing"])
+        incoming, self.outgoing = (
+            parse_specs(setup["incoming"]),
+            parse_specs(setup["outgoing"]),
+        )
         self.label_spec = parse_specs([setup["labels"]])
         (self.scores,) = parse_specs([setup["scores"]])
         self.uploads = Uploads(
-            store, self.plan.records, setup["chunk-records"], incoming, self.label_spec, self.who
+            store,
+            self.plan.records,
+            setup["chunk-records"],
+            incoming,
+            self.label_spec,
+            self.who,
         )
         self.module = self._own_segment()
         trained: torch.nn.Module = self.module
@@ -184,4 +192,3 @@ class Trainer(Worker):
             values = self.module(*(x.to(self.session.device) for x in inputs))
         self.module.train()
         return {}, {ACTIVATIONS: encode_places(as_tensors(values, self.who))}
-

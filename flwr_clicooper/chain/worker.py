@@ -209,4 +209,3 @@ def _worker_class(session: Session) -> type[Worker]:
     from flwr_clicooper.chain.trainer import Trainer
 
     return Owner if session.role.name == OWNER else Trainer
-

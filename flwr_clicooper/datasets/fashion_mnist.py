@@ -75,7 +75,9 @@ def load_arrays(data_dir: str | Path = "") -> dict[str, NDArray[np.uint8]]:
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         if x.shape[1:] != (28, 28) or y.shape != x.shape[:1]:
-            raise DataError(f"the {part} files in {folder} have shapes {x.shape} and {y.shape}")
+            raise DataError(
+                f"the {part} files in {folder} have shapes {x.shape} and {y.shape}"
+            )
     return arrays
 
 

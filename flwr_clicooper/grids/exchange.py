@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from flwr_clicooper.errors import ClientTimeout
+from flwr_clicooper.errors import ClientTimeoutError
 
 POLL = 0.05
 """Seconds between two pulls."""
@@ -62,15 +62,16 @@ class Exchange:
 
         Raises
         ------
-        ClientTimeout
+        ClientTimeoutError
             The grid did not take the message: the node has left.
         """
         node_id, kind = message.metadata.dst_node_id, message.metadata.message_type
         deadline = time.monotonic() + self.timeout
         ids = [i for i in self.grid.push_messages([message]) if i]
         if not ids:
-            raise ClientTimeout(
-                f"{self._name(node_id)} cannot be reached for {kind}: Flower did not take the message"
+            raise ClientTimeoutError(
+                f"{self._name(node_id)} cannot be reached for {kind}: Flower did not take "
+                "the message"
             )
         self._pending[ids[0]] = _Pending(node_id, kind, deadline)
         return ids[0]
@@ -80,7 +81,7 @@ class Exchange:
 
         Raises
         ------
-        ClientTimeout
+        ClientTimeoutError
             A node did not answer in time; its late answer is not used.
         """
         while self._pending:
@@ -100,7 +101,7 @@ class Exchange:
         now = time.monotonic()
         for late in self._pending.values():
             if now > late.deadline:
-                raise ClientTimeout(
+                raise ClientTimeoutError(
                     f"{self._name(late.node_id)} did not answer {late.message_type} within "
                     f"{self.timeout:g} s (option 'timeout')"
                 )
@@ -124,7 +125,7 @@ def exchange(
 
     Raises
     ------
-    ClientTimeout
+    ClientTimeoutError
         A node cannot be reached or does not answer in time.
     """
     flight = Exchange(grid, timeout, poll)

@@ -265,12 +265,11 @@ def _count(parameters: object) -> int:
 def _best(cuts: list[Cut], balance: list[float]) -> list[Cut]:
     """Choose cuts by dynamic programming over (segments so far, last cut)."""
     total = sum(cuts[0].flops)
-    Score = tuple[float, int]
-    best: dict[int, tuple[Score, list[Cut]]] = {
+    best: dict[int, tuple[tuple[float, int], list[Cut]]] = {
         i: ((c.flops[0] / balance[0], c.nbytes), [c]) for i, c in enumerate(cuts)
     }
     for share in balance[1:-1]:
-        longer: dict[int, tuple[Score, list[Cut]]] = {}
+        longer: dict[int, tuple[tuple[float, int], list[Cut]]] = {}
         for i, cut in enumerate(cuts):
             options = [
                 (

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,15 @@ class Flight:
         What came in, never modified.
     buffers : dict of str to Tensor
         Buffers before the forward pass; needed only to compute it again.
+    stored : bool
+        Whether the flight was read from files, after its first forward pass.
     leaves, outputs : tuple of Tensor, or None
         Ends of the autograd graph; None when the graph is gone.
     """
 
     inputs: Tensors
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    stored: bool = False
     leaves: Tensors | None = None
     outputs: Tensors | None = None
 
@@ -132,13 +136,10 @@ class Segment:
         flight = self.flights.pop(at.microbatch, None)
         if flight is None:
             raise MessageError(f"segment {self.index}: no forward pass is open for {at}")
-        # Buffers of now come back only after the backward pass: autograd keeps the ones
-        # that it saw in the forward pass.
-        current = self.buffers() if flight.outputs is None else None
-        if current is not None:
-            self.load_buffers(flight.buffers)
+        if flight.outputs is None:
             self._run(at, flight, input_grads)
-        assert flight.outputs is not None and flight.leaves is not None
+        assert flight.outputs is not None
+        assert flight.leaves is not None
         pairs = [
             (flight.outputs[place], gradient.to(self.device))
             for place, gradient in sorted(gradients.items())
@@ -146,8 +147,6 @@ class Segment:
         ]
         if pairs:
             torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-        if current is not None:
-            self.load_buffers(current)
         return _gradients(flight.leaves) if input_grads else {}
 
     def loss_backward(
@@ -185,7 +184,8 @@ class Segment:
         """
         flight = Flight(inputs)
         self._run(at, flight, input_grads)
-        assert flight.outputs is not None and flight.leaves is not None
+        assert flight.outputs is not None
+        assert flight.leaves is not None
         value = loss(flight.outputs, labels.to(self.device))
         if not is_finite(value):
             raise MessageError(
@@ -217,6 +217,15 @@ class Segment:
         step_optimizer(self.optimizer, lr_factor)
 
     def _run(self, at: Position, flight: Flight, input_grads: bool) -> None:
+        """Compute a flight; one that was stored runs on the buffers that it had then.
+
+        Other flights may have graphs that hold the module's own buffers, so these are
+        left alone.
+        """
+        run: Callable[..., object] = self.module
+        if flight.stored:
+            then = {k: v.to(self.device, copy=True) for k, v in flight.buffers.items()}
+            run = partial(_run_with, self.module, then)
         leaves = tuple(x.to(self.device) for x in flight.inputs)
         if input_grads:
             leaves = tuple(
@@ -225,11 +234,9 @@ class Segment:
         # A segment may start with an in-place layer: it gets a copy to modify, the
         # leaf keeps the values that came in.
         copies = [x.clone() for x in leaves]
-        seed = derive_seed(
-            self.seed, "forward", self.index, at.round, at.step, at.microbatch
-        )
+        seed = derive_seed(self.seed, "forward", self.index, at.round, at.step, at.microbatch)
         with seeded(seed, self.device):
-            outputs = self.module(*copies)
+            outputs = run(*copies)
         flight.leaves = leaves
         flight.outputs = as_tensors(outputs, f"segment {self.index}")
 
@@ -312,9 +319,7 @@ class Segment:
         for name, tensor in tensors.items():
             slot, key = name.split("/", 1)
             state.setdefault(int(slot), {})[key] = tensor
-        self.optimizer.load_state_dict(
-            {"state": state, "param_groups": saved["param_groups"]}
-        )
+        self.optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
 
 
 def step_optimizer(optimizer: Optimizer | None, lr_factor: float) -> None:
@@ -334,6 +339,10 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
+
+
+def _run_with(module: nn.Module, buffers: dict[str, Tensor], *inputs: Tensor) -> object:
+    return torch.func.functional_call(module, buffers, inputs)
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], who: str) -> None:

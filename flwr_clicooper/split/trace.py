@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class TracedModel:
         bounds = [0, *places, len(self.nodes)]
         return [
             self._segment(start, stop, last=stop == bounds[-1])
-            for start, stop in zip(bounds, bounds[1:], strict=False)
+            for start, stop in pairwise(bounds)
         ]
 
     def _segment(self, start: int, stop: int, *, last: bool) -> nn.Module:

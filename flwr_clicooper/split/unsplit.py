@@ -25,6 +25,7 @@ class Chain(nn.Sequential):
     """Segments one after the other; tuples between them become positional arguments."""
 
     def forward(self, *inputs: Any) -> Any:
+        """Return what the last segment gives for the head's inputs."""
         value: Any = inputs
         for segment in self:
             value = segment(*value) if isinstance(value, tuple) else segment(value)
@@ -40,7 +41,7 @@ def train_unsplit(
     rounds: int,
     *,
     frozen_head: bool,
-    lr_factor: Callable[[float], float] = lambda progress: 1.0,
+    lr_factor: Callable[[float], float] = lambda _: 1.0,
     on_step: Callable[[Position, float], None] | None = None,
 ) -> list[float]:
     """Train segments in one process as the lockstep schedule trains them in a chain.
@@ -102,5 +103,3 @@ def _forward(
             with torch.set_grad_enabled(not (frozen and index == 0)):
                 values = as_tensors(segment(*values), f"segment {index}")
     return values
-
-

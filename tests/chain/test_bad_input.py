@@ -58,7 +58,10 @@ OWNER, FIRST, SECOND = nodes(2)
 @pytest.mark.parametrize(
     ("node_configs", "parts"),
     [
-        ([OWNER, FIRST, {"role": "trianer"}], ["node 103", "'trianer'", "'owner' or 'trainer'"]),
+        (
+            [OWNER, FIRST, {"role": "trianer"}],
+            ["node 103", "'trianer'", "'owner' or 'trainer'"],
+        ),
         ([OWNER, FIRST, {}], ["node 103", "'role' is None", "--node-config"]),
         ([FIRST, SECOND], ["an owner", "is missing"]),
         ([OWNER, OWNER, FIRST, SECOND], ["nodes 101 and 102 are both owner"]),
@@ -66,10 +69,16 @@ OWNER, FIRST, SECOND = nodes(2)
         ([OWNER, FIRST], ["trainer of stage 2", "needs 2 trainers", "stages here: 1"]),
         ([OWNER, FIRST, FIRST, SECOND], ["102 and 103", "stage 1", "standby"]),
         ([*nodes(3)], ["node 104", "stage 3", "2 trainers"]),
-        ([OWNER, FIRST, {"role": "trainer", "stage": 0}], ["node 103", "'stage' is 0", ">= 1"]),
+        (
+            [OWNER, FIRST, {"role": "trainer", "stage": 0}],
+            ["node 103", "'stage' is 0", ">= 1"],
+        ),
         ([OWNER, FIRST, {"role": "trainer", "stage": "2"}], ["'stage' is '2'", "integer"]),
         ([{"role": "owner", "stage": 1}, FIRST, SECOND], ["node 101", "owner"]),
-        ([{**OWNER, "device": "tpu9"}, FIRST, SECOND], ["owner (node 101)", "'tpu9'", "cuda:0"]),
+        (
+            [{**OWNER, "device": "tpu9"}, FIRST, SECOND],
+            ["owner (node 101)", "'tpu9'", "cuda:0"],
+        ),
         ([{**OWNER, "state-dir": 7}, FIRST, SECOND], ["owner", "'state-dir' is 7", "path"]),
     ],
 )
@@ -252,15 +261,22 @@ class BadLoss(LinearTask):
 @pytest.mark.parametrize(
     ("task", "parts"),
     [
-        (exploding("output", 1), ["trainer 2", "activations from segment 1", "NaN or infinite"]),
-        (exploding("output", 2), ["trainer 2", "the loss at round 1, step 0", "NaN or infinite"]),
-        (exploding("gradient", 2), ["trainer 1", "gradient from segment 2", "NaN or infinite"]),
+        (
+            exploding("output", 1),
+            ["trainer 2", "activations from segment 1", "NaN or infinite"],
+        ),
+        (
+            exploding("output", 2),
+            ["trainer 2", "the loss at round 1, step 0", "NaN or infinite"],
+        ),
+        (
+            exploding("gradient", 2),
+            ["trainer 1", "gradient from segment 2", "NaN or infinite"],
+        ),
         (BadLoss(2), ["trainer 2", "the loss at round 1, step 0, micro-batch 0"]),
     ],
 )
-def test_values_that_are_not_finite(
-    task: SplitTask, parts: list[str], tmp_path: Path
-) -> None:
+def test_values_that_are_not_finite(task: SplitTask, parts: list[str], tmp_path: Path) -> None:
     refused(tmp_path, *parts, task=task)
 
 
@@ -332,19 +348,46 @@ def lie_about(field: str, value: Any) -> Change:
     ("action", "record", "change", "parts"),
     [
         ("train.forward", "activations", put(torch.zeros(32, 7)), ["trainer 2", "float32[8]"]),
-        ("train.forward", "activations", put(torch.zeros(31, 8)), ["32 records of float32[8]"]),
+        (
+            "train.forward",
+            "activations",
+            put(torch.zeros(31, 8)),
+            ["32 records of float32[8]"],
+        ),
         ("train.forward", "activations", put(torch.zeros(32, 8).double()), ["float64[32, 8]"]),
         ("train.forward", "activations", put(torch.zeros(32, 8), "1"), ["2 tensors came"]),
-        ("train.forward", "activations", put(torch.zeros(32, 8), "a"), ["'a' is not the place"]),
+        (
+            "train.forward",
+            "activations",
+            put(torch.zeros(32, 8), "a"),
+            ["'a' is not the place"],
+        ),
         ("train.forward", "activations", lambda r: r.clear(), ["0 tensors came"]),
         ("train.forward", "activations", lie_about("dtype", "float64"), ["'0'"]),
         ("train.forward", "activations", lie_about("shape", (32, 2**40)), ["'0'"]),
+        (
+            "train.forward",
+            "activations",
+            lie_about("shape", (-1, 8)),
+            ["[-1, 8] is not a shape"],
+        ),
+        ("train.forward", "activations", lie_about("dtype", "O"), ["dtype 'O'"]),
         ("train.forward", "activations", lie_about("stype", "pickle"), ["'pickle'"]),
-        ("train.forward", "activations", lie_about("data", b"junk"), ["not a version 1.0 .npy"]),
+        ("train.forward", "activations", lie_about("data", b"junk"), ["the 4 bytes are not"]),
         ("train.backward", "gradients", put(torch.zeros(32, 9)), ["trainer 1", "float32[8]"]),
-        ("train.backward", "gradients", put(torch.zeros(32, 8), "4"), ["there is no output 4"]),
+        (
+            "train.backward",
+            "gradients",
+            put(torch.zeros(32, 8), "4"),
+            ["there is no output 4"],
+        ),
         ("train.upload", "activations", put(torch.zeros(95, 8)), ["trainer 1", "96 records"]),
-        ("train.upload", "labels", put(torch.full((96,), SECRET)), ["trainer 2", "out of range"]),
+        (
+            "train.upload",
+            "labels",
+            put(torch.full((96,), SECRET)),
+            ["trainer 2", "out of range"],
+        ),
         ("train.upload", "labels", put(torch.zeros(96)), ["trainer 2", "int64[]"]),
         ("train.collect", "weights", put(torch.zeros(8), "0.bias"), ["segment 1", "SHA-256"]),
     ],
@@ -426,5 +469,3 @@ def test_a_client_that_never_answers(
     grid_class: type[LocalGrid], parts: list[str], tmp_path: Path
 ) -> None:
     refused(tmp_path, *parts, grid_class=grid_class, timeout=0.3)
-
-

@@ -192,7 +192,11 @@ class Transposed(nn.Module):
         (Tied, ["a"], r"share a tensor"),
         (Transposed, ["a"], r"without the batch as first dimension"),
         (Residual, ["nowhere"], r"no layer 'nowhere'.*stem, layer1"),
-        (Residual, ["layer2", "layer1"], r"order of execution, which is \['layer1', 'layer2'\]"),
+        (
+            Residual,
+            ["layer2", "layer1"],
+            r"order of execution, which is \['layer1', 'layer2'\]",
+        ),
         (Residual, ["layer1", "layer1"], r"do not leave operations between"),
         (Residual, ["head"], r"at the model's end"),
     ],

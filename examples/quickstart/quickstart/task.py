@@ -22,12 +22,12 @@ class FashionTask(SplitTask):
     def segments(self, config: Config) -> list[nn.Module]:
         head = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
         first = nn.Sequential(*conv(16, 32), *conv(32, 64), nn.MaxPool2d(2))
-        second = nn.Sequential(*conv(64, 128), nn.MaxPool2d(2), nn.Dropout(0.2))
+        second = nn.Sequential(*conv(64, 128), nn.MaxPool2d(2), nn.Dropout(0.1))
         third = nn.Sequential(
             nn.Flatten(),
             nn.Linear(128 * 9, 320),
             nn.ReLU(),
-            nn.Dropout(0.2),
+            nn.Dropout(0.1),
             nn.Linear(320, 10),
         )
         return [head, first, second, third]

@@ -1,0 +1,41 @@
+# Everything runs in a virtual environment of its own, made on the first call and again
+# only when what it installs has changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint bench clean
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; set PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e '.[test,lint]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Train the quickstart in a Flower simulation and beside it un-split
+	$(BIN)/python examples/quickstart/demo.py
+
+test: $(INSTALLED)  ## All tests
+	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED)  ## Tests that start no Flower process
+	$(BIN)/python -m pytest -m 'not simulation and not demo'
+
+lint: $(INSTALLED)  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## Step time, messages and bytes: LocalGrid, simulation, one process
+	$(BIN)/python benchmarks/chain.py
+
+clean:  ## Remove the virtual environment, caches and runs
+	rm -rf $(VENV) runs .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

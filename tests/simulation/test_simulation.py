@@ -1,0 +1,74 @@
+"""The chain in a real Flower simulation, started as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from tests.tasks import ConvTask
+from tests.test_exactness import check, reference
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.simulation
+
+
+def simulate(
+    run_dir: Path, nodes: int, cpus: int, config: str = "", app: str = "tests/simulation/app"
+) -> tuple[subprocess.CompletedProcess[str], Path]:
+    command = [sys.executable, "examples/simulate.py", app, "--nodes", str(nodes)]
+    command += ["--cpus", str(cpus), "-c", f"run-dir='{run_dir}' {config}"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    (run,) = (path for path in run_dir.iterdir() if path.is_dir())
+    return done, run
+
+
+def test_exact_with_two_actors_and_nodes_that_move_between_them(tmp_path: Path) -> None:
+    done, run = simulate(tmp_path, nodes=3, cpus=1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    processes = defaultdict(set)
+    for line in (tmp_path / "processes").read_text().splitlines():
+        node, pid = line.split()
+        processes[node].add(pid)
+    assert any(len(pids) > 1 for pids in processes.values())
+    task = ConvTask()
+    losses, weights = reference(task, "interactive", microbatches=4)
+    check(run, task, losses, weights)
+
+
+def test_a_run_that_fails_says_so_and_leaves_no_process_behind(tmp_path: Path) -> None:
+    before = flower_processes()
+    done, run = simulate(tmp_path, nodes=3, cpus=2, config="task.fail='yes'")
+    assert done.returncode == 1
+    assert "The run failed" in done.stderr
+    record = tomllib.loads((run / "run.toml").read_text())["run"]
+    assert record["status"] == "failed"
+    assert "owner" in record["error"]
+    assert "RuntimeError at client_app.py" in record["error"]
+    assert flower_processes() <= before
+
+
+def flower_processes() -> set[str]:
+    """The pid of every process of Flower or Ray on this machine, zombies left out."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if any(name in arguments for name in (b"flower-", b"flwr-", b"raylet", b"gcs_server")):
+            found.add(folder.name)
+    return found

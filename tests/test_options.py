@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flwr_clicooper.errors import OptionError
+from flwr_clicooper.options import Options, task_config
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    config = Options.from_config({"release": "clean"}).as_config()
+    assert config == {
+        "release": "clean",
+        "num-rounds": 5,
+        "batch-size": 256,
+        "microbatches": 1,
+        "schedule": "lockstep",
+        "pipeline": "1f1b",
+        "label-side": "trainer",
+        "learning-rate": 0.05,
+        "shuffle": True,
+        "seed": 0,
+        "timeout": 600.0,
+        "run-dir": "runs",
+        "data-dir": "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "'release' is missing.*'clean', 'interactive'"),
+        ({"release": "cleam"}, "'release' is 'cleam'; allowed is one of 'clean'"),
+        ({"microbatch": 2}, "unknown option 'microbatch': did you mean 'microbatches'"),
+        ({"lr": 0.1}, r"unknown option 'lr'.*task\.lr"),
+        ({"num-rounds": 0}, "'num-rounds' is 0; allowed is an integer >= 1"),
+        ({"num-rounds": 1.0}, "'num-rounds' is 1.0"),
+        ({"num-rounds": True}, "'num-rounds' is True"),
+        ({"batch-size": "256"}, "'batch-size' is '256'"),
+        ({"timeout": float("nan")}, "'timeout' is nan"),
+        ({"timeout": 0}, "'timeout' is 0; allowed is a number > 0"),
+        ({"learning-rate": -1.0}, "'learning-rate' is -1.0"),
+        ({"seed": -1}, "'seed' is -1"),
+        ({"seed": 2**63}, "'seed'"),
+        ({"shuffle": 1}, "'shuffle' is 1; allowed is true or false"),
+        ({"pipeline": "GPipe"}, "allowed is one of 'gpipe', '1f1b'"),
+        ({"schedule": "async"}, "allowed is one of 'lockstep', 'local'"),
+        ({"label-side": "both"}, "allowed is one of 'trainer', 'owner'"),
+        ({"run-dir": ""}, "'run-dir'"),
+        ({"schedule": "local", "release": "interactive"}, "the head cannot train"),
+        ({"schedule": "local", "label-side": "owner"}, "each trainer needs the labels"),
+        ({"schedule": "local", "microbatches": 2}, "no pipeline to fill"),
+    ],
+)
+def test_refused(config: dict[str, Any], message: str) -> None:
+    full = config if not config else {"release": "clean", **config}
+    with pytest.raises(OptionError, match=message):
+        Options.from_config(full)
+
+
+def test_a_tasks_own_options_pass_and_reach_it() -> None:
+    config = task_config({"release": "clean", "task.lr": 0.3, "data-dir": "/run"}, {})
+    assert config["task.lr"] == 0.3
+    assert config["batch-size"] == 256
+    assert config["data-dir"] == "/run"
+    node = task_config({"release": "clean", "data-dir": "/run"}, {"data-dir": "/node"})
+    assert node["data-dir"] == "/node"
+
+
+def test_the_readme_shows_the_table_of_options() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert Options.table() in readme
+
+
+def test_the_quickstart_lists_every_option_since_flwr_run_overrides_no_other() -> None:
+    text = (Path(__file__).parent.parent / "examples/quickstart/pyproject.toml").read_text()
+    section = text.split("[tool.flwr.app.config]")[1]
+    keys = re.findall(r"^([a-z-]+) = ", section, re.MULTILINE)
+    assert set(keys) == set(Options.from_config({"release": "clean"}).as_config())
