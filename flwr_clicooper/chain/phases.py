@@ -168,7 +168,8 @@ class ChainRun:
         train = self._local_round if self.options.schedule == "local" else self._lockstep_round
         loss = train(round_)
         everyone = {seat.node_id for seat in self.seats}
-        self.relay.ask_all(sorted(everyone), Action.CLOSE_ROUND, {"round": round_})
+        fields = {"round": round_}
+        self.relay.ask_all(sorted(everyone), Action.CLOSE_ROUND, fields, persist=True)
         seconds = time.monotonic() - started
         metrics = {
             "loss": loss,

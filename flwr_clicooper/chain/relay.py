@@ -124,10 +124,17 @@ class Relay:
         ((_, header, reply),) = self.receive()
         return header, reply
 
-    def ask_all(self, node_ids: list[int], action: Action, fields: Mapping[str, Any]) -> None:
+    def ask_all(
+        self,
+        node_ids: list[int],
+        action: Action,
+        fields: Mapping[str, Any],
+        *,
+        persist: bool | None = None,
+    ) -> None:
         """Send the same instruction to several nodes and wait for all replies."""
         for node_id in node_ids:
-            self.send(node_id, action, fields)
+            self.send(node_id, action, fields, persist=persist)
         while len(self.exchange):
             self.receive()
 

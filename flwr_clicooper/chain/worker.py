@@ -29,6 +29,9 @@ Reply = tuple[dict[str, Any], dict[str, ArrayRecord]]
 # These read the state; all others change it, and so its version.
 _READING = frozenset({Action.RELEASE, Action.OUTPUTS, Action.DELIVER, Action.EVALUATE})
 
+# After these the state must survive a power cut, not only the end of the process.
+_DURABLE = frozenset({Action.SETUP, Action.UPLOAD, Action.CLOSE_ROUND})
+
 
 @dataclass(frozen=True)
 class Session:
@@ -170,8 +173,7 @@ def serve(task: SplitTask, action: Action, message: Message, context: Context) -
     if action not in _READING:
         version += 1
         if header.get("persist", bool):
-            durable = action in (Action.SETUP, Action.CLOSE_ROUND)
-            worker.commit(version, durable=durable)
+            worker.commit(version, durable=action in _DURABLE)
     CACHE.put(session.key, version, worker)
     fields, records = reply
     seconds = time.perf_counter() - started
