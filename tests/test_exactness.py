@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flwr_clicooper import LocalGrid, load_delivered
-from flwr_clicooper.chain.worker import CACHE
+from flwr_clicooper import CooperError, LocalGrid, load_delivered
+from flwr_clicooper.chain.serve import CACHE
 from flwr_clicooper.split.batches import derive_seed
 from tests.tasks import ConvTask, run_local, step_losses
 
@@ -158,3 +158,21 @@ def test_it_does_not_matter_which_process_serves_a_message(
     losses, weights = reference(task, release, microbatches)
     assert result.run_dir is not None
     check(result.run_dir, task, losses, weights)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adagrad", "RMSprop", "LBFGS"])
+def test_the_state_of_other_optimizers_survives_a_new_process(
+    name: str, tmp_path: Path
+) -> None:
+    class Task(ConvTask):
+        def optimizer(self, segment: nn.Module, config: Any) -> Any:
+            return getattr(torch.optim, name)(segment.parameters(), lr=0.01)
+
+    options: dict[str, Any] = {"batch_size": BATCH, "microbatches": 2}
+    if name == "LBFGS":  # needs a closure, which a chain cannot give
+        with pytest.raises(CooperError, match=r"trainer 2 .*TypeError"):
+            run_local(Task(), 2, tmp_path, ForgetfulGrid, **options)
+        return
+    runs = [run_local(Task(), 2, tmp_path, g, **options) for g in (LocalGrid, ForgetfulGrid)]
+    plain, forgetful = (step_losses(r.run_dir) for r in runs if r.run_dir)
+    assert forgetful == pytest.approx(plain, abs=1e-6)

@@ -53,7 +53,7 @@ def _handler(task: SplitTask, action: Action) -> Callable[[Message, Context], Me
         try:
             if action is Action.HELLO:
                 return _hello(task, message, context)
-            from flwr_clicooper.chain.worker import serve
+            from flwr_clicooper.chain.serve import serve
 
             return serve(task, action, message, context)
         except Exception as error:  # every failure becomes an answer that names it

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord
 from flwr_clicooper.chain.messages import ACTIVATIONS, GRADIENTS, LABELS, Action, Header
 from flwr_clicooper.chain.relay import Records, Relay, required
 from flwr_clicooper.chain.schedule import Operation, Pass, stage_order
+from flwr_clicooper.errors import CooperError
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Pipeline:
                 if operation is not None:
                     message_id = self._send(state, stage, operation, round_, step)
                     sent[message_id] = (stage, operation)
+            if not sent:
+                raise CooperError(f"no pass of round {round_}, step {step} can go on")
             for message_id, header, records in self.relay.receive():
                 stage, operation = sent.pop(message_id)
                 self._take(state, stage, operation, header, records)

@@ -1,8 +1,7 @@
-"""What owner and trainer have in common: serving one message on versioned state."""
+"""What owner and trainer have in common: a node in a run, its stages and its files."""
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,24 +12,17 @@ from flwr.app import ArrayRecord, Context, Message
 from torch import nn
 
 from flwr_clicooper.chain.build import build_optimizer, device_of
-from flwr_clicooper.chain.messages import WEIGHTS, Action, Header, answer
-from flwr_clicooper.chain.roles import OWNER, Role, role_of, state_folder
+from flwr_clicooper.chain.messages import WEIGHTS, Action, Header
+from flwr_clicooper.chain.roles import Role, role_of, state_folder
 from flwr_clicooper.chain.stage import Changes, Stage
-from flwr_clicooper.chain.state import StateStore, WorkerCache
+from flwr_clicooper.chain.state import StateStore
 from flwr_clicooper.chain.tensors import decode
-from flwr_clicooper.errors import MessageError
 from flwr_clicooper.options import Options, task_config
 from flwr_clicooper.split.batches import BatchPlan, Position
 from flwr_clicooper.split.segment import Segment
 from flwr_clicooper.task import SplitTask
 
 Reply = tuple[dict[str, Any], dict[str, ArrayRecord]]
-
-# These read the state; all others change it, and so its version.
-_READING = frozenset({Action.RELEASE, Action.OUTPUTS, Action.DELIVER, Action.EVALUATE})
-
-# After these the state must survive a power cut, not only the end of the process.
-_DURABLE = frozenset({Action.SETUP, Action.UPLOAD, Action.CLOSE_ROUND})
 
 
 @dataclass(frozen=True)
@@ -143,71 +135,7 @@ class Worker(ABC):
         self.store.commit(version, changes, self.facts(), durable=durable)
 
 
-CACHE: WorkerCache[Worker] = WorkerCache()
-
-
-def serve(task: SplitTask, action: Action, message: Message, context: Context) -> Message:
-    """Answer a message of the chain.
-
-    The header names the version of the state that the message is for, and whether
-    another process may get the next one (`persist`).
-
-    Raises
-    ------
-    CooperError
-        The message, the options or the state are not as they must be.
-    """
-    started = time.perf_counter()
-    session = Session.of(task, context)
-    header = Header.of(message)
-    if action is Action.FINISH:
-        CACHE.drop(session.key)
-        session.store().remove()
-        return answer(message, {})
-    version = header.get("version", int)
-    if action is Action.SETUP:
-        worker, reply = _set_up(session, header, message)
-    else:
-        worker = CACHE.take(session.key, version, lambda: _load(session, version))
-        reply = worker.handle(action, header, message)
-    if action not in _READING:
-        version += 1
-        if header.get("persist", bool):
-            worker.commit(version, durable=action in _DURABLE)
-    CACHE.put(session.key, version, worker)
-    fields, records = reply
-    seconds = time.perf_counter() - started
-    return answer(message, {**fields, "version": version, "seconds": seconds}, records)
-
-
 def initial_weights(message: Message) -> Mapping[str, torch.Tensor]:
     """Return the weights that a setup message brings, if any."""
     records = message.content.array_records
     return decode(records[WEIGHTS], "initial weights") if WEIGHTS in records else {}
-
-
-def _set_up(session: Session, header: Header, message: Message) -> tuple[Worker, Reply]:
-    if header.get("version", int) != 0:
-        raise MessageError("setup comes first: its version must be 0")
-    store = session.store()
-    store.remove()
-    worker = _worker_class(session)(session, store, header.as_dict())
-    reply = worker.start(message)
-    for stage in worker.stages:
-        worker.changes |= stage.whole()
-    return worker, reply
-
-
-def _load(session: Session, version: int) -> Worker:
-    store = session.store()
-    store.open(version)
-    worker = _worker_class(session)(session, store, store.manifest.facts["setup"])
-    worker.load()
-    return worker
-
-
-def _worker_class(session: Session) -> type[Worker]:
-    from flwr_clicooper.chain.owner import Owner
-    from flwr_clicooper.chain.trainer import Trainer
-
-    return Owner if session.role.name == OWNER else Trainer

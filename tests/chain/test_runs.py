@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from flwr_clicooper import CooperStrategy, LocalGrid, SplitTask, cooper_client, load_delivered
-from flwr_clicooper.chain.worker import CACHE
+from flwr_clicooper.chain.serve import CACHE
 from flwr_clicooper.errors import CooperError, DeliveryError, OptionError
 from tests.tasks import LinearTask, nodes, run_local, step_losses
 

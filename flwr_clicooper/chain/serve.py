@@ -1,0 +1,82 @@
+"""Serving one message of the chain on versioned state."""
+
+from __future__ import annotations
+
+import time
+
+from flwr.app import Context, Message
+
+from flwr_clicooper.chain.messages import Action, Header, answer
+from flwr_clicooper.chain.owner import Owner
+from flwr_clicooper.chain.roles import OWNER
+from flwr_clicooper.chain.state import WorkerCache
+from flwr_clicooper.chain.trainer import Trainer
+from flwr_clicooper.chain.worker import Reply, Session, Worker
+from flwr_clicooper.errors import MessageError
+from flwr_clicooper.task import SplitTask
+
+# These read the state; all others change it, and so its version.
+_READING = frozenset({Action.RELEASE, Action.OUTPUTS, Action.DELIVER, Action.EVALUATE})
+
+# After these the state must survive a power cut, not only the end of the process.
+_DURABLE = frozenset({Action.SETUP, Action.UPLOAD, Action.CLOSE_ROUND})
+
+CACHE: WorkerCache[Worker] = WorkerCache()
+
+
+def serve(task: SplitTask, action: Action, message: Message, context: Context) -> Message:
+    """Answer a message of the chain.
+
+    The header names the version of the state that the message is for, and whether
+    another process may get the next one (`persist`).
+
+    Raises
+    ------
+    CooperError
+        The message, the options or the state are not as they must be.
+    """
+    started = time.perf_counter()
+    session = Session.of(task, context)
+    header = Header.of(message)
+    if action is Action.FINISH:
+        CACHE.drop(session.key)
+        session.store().remove()
+        return answer(message, {})
+    version = header.get("version", int)
+    if action is Action.SETUP:
+        worker, reply = _set_up(session, header, message)
+    else:
+        worker = CACHE.take(session.key, version, lambda: _load(session, version))
+        reply = worker.handle(action, header, message)
+    if action not in _READING:
+        version += 1
+        if header.get("persist", bool):
+            worker.commit(version, durable=action in _DURABLE)
+    CACHE.put(session.key, version, worker)
+    fields, records = reply
+    seconds = time.perf_counter() - started
+    return answer(message, {**fields, "version": version, "seconds": seconds}, records)
+
+
+def _set_up(session: Session, header: Header, message: Message) -> tuple[Worker, Reply]:
+    if header.get("version", int) != 0:
+        raise MessageError("setup comes first: its version must be 0")
+    store = session.store()
+    store.remove()
+    worker = _worker_class(session)(session, store, header.as_dict())
+    reply = worker.start(message)
+    for stage in worker.stages:
+        worker.changes |= stage.whole()
+    return worker, reply
+
+
+def _load(session: Session, version: int) -> Worker:
+    store = session.store()
+    store.open(version)
+    worker = _worker_class(session)(session, store, store.manifest.facts["setup"])
+    worker.load()
+    return worker
+
+
+def _worker_class(session: Session) -> type[Worker]:
+    return Owner if session.role.name == OWNER else Trainer
