@@ -127,18 +127,22 @@ class Options:
                 continue
             if key not in known:
                 raise OptionError(_unknown(key, list(known)))
-            rule: Rule = known[key].metadata["rule"]
-            if not rule.accepts(value):
-                raise OptionError(f"option {key!r} is {value!r}; allowed is {rule.allowed}")
             values[known[key].name] = value
         if "release" not in values:
             raise OptionError(
                 "option 'release' is missing: choose what the owner sends, "
                 f"{known['release'].metadata['rule'].allowed}"
             )
-        options = cls(**values)
-        options._check_combination()
-        return options
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            rule: Rule = option.metadata["rule"]
+            value = getattr(self, option.name)
+            if not rule.accepts(value):
+                key = _key(option.name)
+                raise OptionError(f"option {key!r} is {value!r}; allowed is {rule.allowed}")
+        self._check_combination()
 
     def _check_combination(self) -> None:
         if self.schedule != "local":
@@ -159,6 +163,11 @@ class Options:
                 "option 'microbatches' is above 1 and 'schedule' is 'local': there is "
                 "no pipeline to fill; use microbatches = 1"
             )
+
+    def agreed(self) -> dict[str, Any]:
+        """Return the options on which relay and parties must agree."""
+        local = ("num-rounds", "timeout", "run-dir", "data-dir")
+        return {k: v for k, v in self.as_config().items() if k not in local}
 
     @property
     def once(self) -> bool:

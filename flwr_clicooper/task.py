@@ -39,7 +39,11 @@ class SplitTask:
         ``"owner"`` there are N + 2, and the last one stays with the owner. PyTorch's
         generator is seeded with the run's seed before the call, so all parties start
         from the same weights. A segment takes one positional argument per tensor that
-        crosses the cut before it, and returns a tensor or a tuple of tensors.
+        crosses the cut before it, and returns a tensor or a tuple of tensors; the last
+        one returns one tensor. Segments train in ``train()`` mode; a layer that must stay
+        frozen overrides ``train()``.
+
+        Called once per process that needs it, so it must give the same each time.
         """
         raise NotImplementedError(f"{type(self).__name__} must define segments(config)")
 
@@ -48,6 +52,10 @@ class SplitTask:
 
         Both have a length, and each item is ``(input, label)``; the input is a tensor
         or a tuple of tensors. For the default loss a label is a class index.
+
+        Called once per process that needs it, with PyTorch's, NumPy's and Python's
+        generators seeded, so it must give the same data each time. Random augmentation in
+        ``__getitem__`` is seeded too, by the place of the micro-batch in the run.
         """
         raise NotImplementedError(f"{type(self).__name__} must define datasets(config)")
 
@@ -80,7 +88,8 @@ class SplitTask:
 
     def correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return which records are right, for accuracy; the top class by default."""
-        return outputs.argmax(dim=1) == labels
+        classes = labels.argmax(dim=1) if labels.shape == outputs.shape else labels
+        return outputs.argmax(dim=1) == classes
 
     @property
     def classifies(self) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flwr_clicooper.errors import SplitError
 from flwr_clicooper.split.batches import derive_seed
-from flwr_clicooper.split.segment import seeded
+from flwr_clicooper.split.modules import seeded
 from flwr_clicooper.split.specs import TensorSpec, describe
 
 
@@ -54,7 +54,7 @@ class WithAuxiliary(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return class scores, shape ``[batch, classes]``."""
         value = self.segment(*inputs)
-        features: Tensor = value[0] if isinstance(value, tuple) else value
+        features: Tensor = value[0] if isinstance(value, (tuple, list)) else value
         if self.token_axis:
             features = features.mean(dim=1)
         elif features.dim() > 2:

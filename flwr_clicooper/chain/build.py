@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flwr_clicooper.errors import OptionError, SplitError
-from flwr_clicooper.split.batches import derive_seed
-from flwr_clicooper.split.segment import check_unshared, load_weights, seeded
+from flwr_clicooper.split.batches import BatchPlan, derive_seed
+from flwr_clicooper.split.modules import check_unshared, keeping_modes, load_weights, seeded
 from flwr_clicooper.split.specs import TensorSpec, as_tensors, describe
 from flwr_clicooper.task import Config, SplitTask
 
@@ -40,6 +41,12 @@ def build_segments(task: SplitTask, config: Config) -> list[nn.Module]:
             raise SplitError(
                 f"segment {index} of {type(task).__name__} is a {type(segment).__name__}, "
                 "not an nn.Module"
+            )
+        extra = [k for k, v in segment.state_dict().items() if not isinstance(v, Tensor)]
+        if extra:
+            raise SplitError(
+                f"segment {index} keeps {extra[0]!r} in its state_dict, which is not a tensor "
+                "and cannot be stored or delivered"
             )
     check_unshared(segments)
     return segments
@@ -97,11 +104,9 @@ def outgoing_specs(
         The segment does not accept it, or gives something that cannot cross a cut.
     """
     watch = _LayerWatch(module)
-    modes = {m: m.training for m in module.modules()}
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
     try:
-        with torch.no_grad():
-            inputs = [spec.example(EXAMPLE_RECORDS).to(device) for spec in incoming]
+        with torch.no_grad(), keeping_modes(module):
+            inputs = _example(module, incoming, EXAMPLE_RECORDS)
             outputs = as_tensors(module.eval()(*inputs), f"segment {index}")
     except SplitError:
         raise
@@ -112,8 +117,6 @@ def outgoing_specs(
         ) from error
     finally:
         watch.close()
-        for part, mode in modes.items():
-            part.training = mode
     if any(len(output) != EXAMPLE_RECORDS for output in outputs):
         shapes = ", ".join(str(list(output.shape)) for output in outputs)
         raise SplitError(
@@ -121,6 +124,46 @@ def outgoing_specs(
             "the first dimension of everything that crosses a cut must stay the batch"
         )
     return [TensorSpec.of(output) for output in outputs]
+
+
+def check_trainable(
+    module: nn.Module, incoming: Sequence[TensorSpec], index: int, plan: BatchPlan
+) -> None:
+    """Refuse a segment that cannot train on the smallest micro-batch of a run.
+
+    BatchNorm, for one, cannot train on a single record without spatial extent. The
+    module is run in train mode, and left as it was.
+
+    Raises
+    ------
+    SplitError
+        The text names the layer, the size, and the options that make it.
+    """
+    records = plan.smallest_part
+    watch = _LayerWatch(module)
+    buffers = {k: v.clone() for k, v in module.named_buffers()}
+    try:
+        with torch.no_grad(), keeping_modes(module), seeded(0, _device(module)):
+            inputs = tuple(_example(module, incoming, records))
+            torch.func.functional_call(module.train(), buffers, inputs)
+    except Exception as error:  # whatever the segment's own code raises
+        raise SplitError(
+            f"segment {index} cannot train on {records} records, the smallest micro-batch of "
+            f"{plan.records} records with batch-size {plan.batch_size} and microbatches "
+            f"{plan.microbatches}: {watch.last or type(error).__name__}. Choose another "
+            "batch-size or number of microbatches"
+        ) from error
+    finally:
+        watch.close()
+
+
+def _example(module: nn.Module, incoming: Sequence[TensorSpec], records: int) -> list[Tensor]:
+    return [spec.example(records).to(_device(module)) for spec in incoming]
+
+
+def _device(module: nn.Module) -> torch.device:
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 class _LayerWatch:

@@ -7,7 +7,7 @@ from logging import ERROR
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import Mod
+from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.logger import log
 
 from flwr_clicooper.chain.messages import PROTOCOL, Action, answer, refusal
@@ -40,7 +40,7 @@ def cooper_client(task: SplitTask, mods: list[Mod] | None = None) -> ClientApp:
     """
     if not isinstance(task, SplitTask):
         raise TypeError(f"cooper_client() takes a SplitTask, not {type(task).__name__}")
-    app = ClientApp(mods=mods)
+    app = ClientApp(mods=[_answer_errors, *(mods or [])])
     for action in Action:
         category, name = action.value.split(".")
         register = {"query": app.query, "train": app.train, "evaluate": app.evaluate}
@@ -50,17 +50,27 @@ def cooper_client(task: SplitTask, mods: list[Mod] | None = None) -> ClientApp:
 
 def _handler(task: SplitTask, action: Action) -> Callable[[Message, Context], Message]:
     def handle(message: Message, context: Context) -> Message:
-        try:
-            if action is Action.HELLO:
-                return _hello(task, message, context)
-            from flwr_clicooper.chain.serve import serve
+        if action is Action.HELLO:
+            return _hello(task, message, context)
+        from flwr_clicooper.chain.serve import serve
 
-            return serve(task, action, message, context)
-        except Exception as error:  # every failure becomes an answer that names it
-            log(ERROR, "%s failed on this node", action, exc_info=error)
-            return refusal(message, error)
+        return serve(task, action, message, context)
 
     return handle
+
+
+def _answer_errors(
+    message: Message, context: Context, call_next: ClientAppCallable
+) -> Message:
+    """Turn every failure, of a mod too, into an answer that holds no data.
+
+    Flower would send the text of an exception to the ServerApp.
+    """
+    try:
+        return call_next(message, context)
+    except Exception as error:
+        log(ERROR, "%s failed on this node", message.metadata.message_type, exc_info=error)
+        return refusal(message, error)
 
 
 def _hello(task: SplitTask, message: Message, context: Context) -> Message:

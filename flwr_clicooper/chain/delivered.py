@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flwr_clicooper.chain.build import build_segments
 from flwr_clicooper.errors import CooperError, DeliveryError
 from flwr_clicooper.files import write_atomically
-from flwr_clicooper.split.segment import load_weights
+from flwr_clicooper.split.modules import load_weights
 from flwr_clicooper.split.unsplit import Chain
 from flwr_clicooper.task import SplitTask
 
@@ -25,8 +25,13 @@ FORMAT = "flwr-clicooper/model/v1"
 
 def digest(weights: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of a segment's canonical safetensors bytes, in hex."""
-    data = save({k: v.detach().cpu().contiguous() for k, v in sorted(weights.items())})
+    data = save({k: _own(v) for k, v in sorted(weights.items())})
     return hashlib.sha256(data).hexdigest()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """Return a copy: safetensors stores no tensor under two names, as tied weights have."""
+    return tensor.detach().cpu().contiguous().clone()
 
 
 def assemble(segments: Sequence[nn.Module]) -> Chain:
@@ -38,7 +43,7 @@ def save_model(model: Chain, folder: Path, config: Mapping[str, Any]) -> Path:
     """Write a model with the config that rebuilds it; return the file's path."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "config": json.dumps(dict(config))}
-    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    weights = {k: _own(v) for k, v in model.state_dict().items()}
     path = folder / MODEL_FILE
     write_atomically(path, save(weights, metadata))
     return path

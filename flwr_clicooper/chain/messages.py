@@ -50,12 +50,13 @@ class Action(str, Enum):
 class Header:
     """The header of a message, with a clear error for each field that is wrong."""
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, Any], who: str = "") -> None:
         self._fields = fields
+        self._who = f"{who}: " if who else ""
 
     @classmethod
-    def of(cls, message: Message) -> Header:
-        """Return the header of a message.
+    def of(cls, message: Message, who: str = "") -> Header:
+        """Return the header of a message; ``who`` sent it, for errors.
 
         Raises
         ------
@@ -64,10 +65,10 @@ class Header:
         """
         records = message.content.config_records
         if HEADER not in records:
-            raise MessageError(
-                f"{message.metadata.message_type}: the message has no {HEADER!r} record"
-            )
-        return cls(records[HEADER])
+            kind = message.metadata.message_type
+            text = f"the message {kind} has no {HEADER!r} record"
+            raise MessageError(f"{who}: {text}" if who else text)
+        return cls(records[HEADER], who)
 
     def __contains__(self, name: str) -> bool:
         return name in self._fields
@@ -83,7 +84,9 @@ class Header:
         value = self._fields.get(name)
         if type(value) is not kind:
             found = "missing" if value is None else f"of type {type(value).__name__}"
-            raise MessageError(f"header field {name!r} is {found}, not {kind.__name__}")
+            raise MessageError(
+                f"{self._who}header field {name!r} is {found}, not {kind.__name__}"
+            )
         return value
 
     def optional(self, name: str, default: T) -> T:
@@ -104,7 +107,7 @@ class Header:
         """
         value = self._fields.get(name)
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            raise MessageError(f"header field {name!r} is not a list of texts")
+            raise MessageError(f"{self._who}header field {name!r} is not a list of texts")
         return value
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Message
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from flwr_clicooper.chain.build import (
     build_segments,
+    check_trainable,
     load_initial,
     propagate,
     trainers_for,
@@ -30,10 +34,22 @@ from flwr_clicooper.chain.stage import Stage, position_of
 from flwr_clicooper.chain.state import StateStore
 from flwr_clicooper.chain.tensors import decode, decode_places, encode_places
 from flwr_clicooper.chain.worker import Reply, Session, Worker, initial_weights
-from flwr_clicooper.errors import DeliveryError, MessageError, SplitError
+from flwr_clicooper.errors import (
+    DataError,
+    DeliveryError,
+    MessageError,
+    SplitError,
+    StateError,
+)
 from flwr_clicooper.split.batches import Position, derive_seed
-from flwr_clicooper.split.segment import load_weights, seeded
-from flwr_clicooper.split.specs import Tensors, TensorSpec, as_tensors
+from flwr_clicooper.split.modules import keeping_modes, load_weights, seeded
+from flwr_clicooper.split.specs import (
+    Tensors,
+    TensorSpec,
+    check_tensors,
+    describe,
+    is_finite,
+)
 
 CHUNK_BYTES = 16 * 2**20
 """Upper bound for the activations in one message of a release."""
@@ -55,12 +71,22 @@ class Owner(Worker):
             train, test = session.task.datasets(session.config)
         self.train, self.test = LabelledSet(train, "training"), LabelledSet(test, "held-out")
         self.plan = session.batch_plan(self.train.records)
-        inputs, labels = self.train.fetch(self.plan.indices(Position(1, 0, 0))[:1])
+        self._batches: dict[Position, tuple[Tensors, Tensor]] = {}
+        inputs, labels = self._first(self.train)
         self.inputs = [TensorSpec.of(x) for x in inputs]
         self.specs = propagate(self.segments, self.inputs)
+        if len(self.specs[-1]) != 1:
+            raise SplitError(
+                f"the last segment gives {describe(self.specs[-1])}; the loss takes one tensor"
+            )
         self.scores = self.specs[-1][0]
-        self._batches: dict[Position, tuple[Tensors, Tensor]] = {}
         self.label_spec = TensorSpec.of(self._checked(labels, "training"))
+        self.setup.setdefault("data", self._fingerprint())
+        if self.setup["data"] != self._fingerprint():
+            raise StateError(
+                "datasets() gave other data in this process than at setup; it must give the "
+                "same each time. Seed what is random in it"
+            )
         self.head = self.segments[0]
         self.stages = self._trained_stages()
 
@@ -103,6 +129,10 @@ class Owner(Worker):
         given = initial_weights(message)
         for index, segment in enumerate(self.segments):
             load_initial(segment, given, index)
+        self._rehearse()
+        for stage in self.stages:
+            index = stage.segment.index
+            check_trainable(self.segments[index], stage.incoming, index, self.plan)
         local = self.session.options.schedule == "local"
         if local and len(self.scores.shape) != 1:
             raise SplitError(
@@ -148,11 +178,55 @@ class Owner(Worker):
                 return self._evaluate()
         raise MessageError(f"the owner does not answer {action}")
 
+    def _rehearse(self) -> None:
+        """Do what comes after training on two records now, while nothing can be lost."""
+        inputs, labels = self._first(self.test, 2)
+        found = [TensorSpec.of(x) for x in inputs]
+        if found != self.inputs:
+            raise DataError(
+                f"the held-out set gives {describe(found)}, the training set "
+                f"{describe(self.inputs)}"
+            )
+        for part in (self.train, self.test):
+            if isinstance(part.dataset, TensorDataset):
+                self._checked(part.dataset.tensors[-1], part.name)
+        labels = self._checked(labels, "held-out")
+        with keeping_modes(nn.ModuleList(self.segments)):
+            self._measure(assemble(self.segments), inputs, labels)
+
+    def _measure(
+        self, model: nn.Module, inputs: Tensors, labels: Tensor
+    ) -> tuple[float, float]:
+        """Return the sum over records of the loss, and of what is right."""
+        task, device, records = self.session.task, self.session.device, len(labels)
+        with torch.no_grad():
+            outputs = model(*(x.to(device) for x in inputs)).cpu()
+        loss = float(task.loss(outputs, labels)) * records
+        if not task.measures_accuracy:
+            return loss, 0.0
+        right = task.correct(outputs, labels).reshape(records, -1)
+        return loss, float(right.float().mean(dim=1).sum())
+
     # -- data --------------------------------------------------------------------
 
     def _checked(self, labels: Tensor, name: str) -> Tensor:
         classifies = self.session.task.classifies
         return check_labels(labels, self.scores, name) if classifies else labels
+
+    def _first(self, part: LabelledSet, records: int = 1) -> tuple[Tensors, Tensor]:
+        with seeded(derive_seed(self.session.options.seed, "data", 0)):
+            return part.fetch(np.arange(min(records, part.records)))
+
+    def _fingerprint(self) -> str:
+        """Return a digest of both sets' sizes and of a few records of the training set.
+
+        It tells whether another process has the same data; it stays in the owner's state.
+        """
+        last = self.train.records - 1
+        with seeded(derive_seed(self.session.options.seed, "data", 0)):
+            inputs, labels = self.train.fetch(np.unique([0, last // 2, last]))
+        found = {str(i): x.contiguous() for i, x in enumerate((*inputs, labels))}
+        return digest(found | {"sizes": torch.tensor([last, self.test.records])})
 
     def _fetch(self, rows: Indices, purpose: tuple[int, ...]) -> tuple[Tensors, Tensor]:
         """Return records; random augmentation is seeded by what they are for."""
@@ -178,11 +252,11 @@ class Owner(Worker):
         stop = min(start + chunk_records, self.train.records)
         if chunk < 0 or stop <= start:
             raise MessageError(f"the release has no chunk {chunk}")
-        inputs, labels = self._fetch(torch.arange(start, stop).numpy(), (0, chunk))
-        with torch.no_grad():
-            head = self.head.to(self.session.device).eval()
-            outputs = head(*(x.to(self.session.device) for x in inputs))
-        records = {ACTIVATIONS: encode_places(as_tensors(outputs, "segment 0"))}
+        inputs, labels = self._fetch(np.arange(start, stop), (0, chunk))
+        outputs = self.outputs_of(self.head, inputs)
+        what = f"segment 0: the head's activations of chunk {chunk} of the data set"
+        check_tensors(outputs, self.specs[0], stop - start, what)
+        records = {ACTIVATIONS: encode_places(outputs)}
         if self.session.options.label_side == "trainer":
             records[LABELS] = encode_places((labels,))
         return {}, records
@@ -235,35 +309,35 @@ class Owner(Worker):
                 "is not the one that the trainer gave"
             )
         load_weights(self.segments[index], weights, f"delivered segment {index}")
+        _check_finite(weights, f"segment {index} of trainer {index}")
         self.changes[f"delivered-{index}"] = weights
         return {}, {}
 
     def _evaluate(self) -> Reply:
-        """Assemble the model, measure it on the held-out set, and save it."""
+        """Assemble the model, save it, and measure it on the held-out set."""
         for index in range(1, self.setup["trainers"] + 1):
             weights = self.store.read(f"delivered-{index}")
             load_weights(self.segments[index], weights, f"delivered segment {index}")
-        model = assemble([segment.cpu() for segment in self.segments])
-        correct, loss, size = 0.0, 0.0, self.session.options.batch_size
-        task = self.session.task
-        with torch.no_grad():
-            for start in range(0, self.test.records, size):
-                stop = min(start + size, self.test.records)
-                inputs, labels = self.test.fetch(torch.arange(start, stop).numpy())
-                labels = self._checked(labels, "held-out")
-                outputs = model(*inputs)
-                loss += float(task.loss(outputs, labels)) * (stop - start)
-                if task.measures_accuracy:
-                    right = task.correct(outputs, labels).reshape(stop - start, -1)
-                    correct += float(right.float().mean(dim=1).sum())
+        model = assemble(self.segments)
+        _check_finite(model.state_dict(), "the assembled model")
         folder = run_folder(self.session.options, self.session.context.run_id)
         path = save_model(model, folder, _portable(self.session.config))
-        accuracy = {"accuracy": correct / self.test.records} if task.measures_accuracy else {}
-        return accuracy | {
-            "loss": loss / self.test.records,
-            "held-out-records": self.test.records,
-            "model": str(path),
-        }, {}
+        model.to(self.session.device)
+        loss, correct, size = 0.0, 0.0, self.session.options.batch_size
+        for start in range(0, self.test.records, size):
+            rows = np.arange(start, min(start + size, self.test.records))
+            inputs, labels = self.test.fetch(rows)
+            sums = self._measure(model, inputs, self._checked(labels, "held-out"))
+            loss, correct = loss + sums[0], correct + sums[1]
+        task, records = self.session.task, self.test.records
+        accuracy = {"accuracy": correct / records} if task.measures_accuracy else {}
+        return {**accuracy, "loss": loss / records, "model": str(path)}, {}
+
+
+def _check_finite(weights: Mapping[str, Tensor], who: str) -> None:
+    bad = [name for name, tensor in weights.items() if not is_finite(tensor)]
+    if bad:
+        raise DeliveryError(f"{who} is NaN or infinite in {bad[0]!r}; lower the learning rate")
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:

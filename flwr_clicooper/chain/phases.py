@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from logging import INFO, WARNING
 
@@ -15,12 +16,11 @@ from flwr_clicooper.chain.progress import StepProgress, size
 from flwr_clicooper.chain.relay import Records, Relay, required
 from flwr_clicooper.chain.roster import Roster
 from flwr_clicooper.chain.rundir import RunFolder
-from flwr_clicooper.errors import CooperError
 from flwr_clicooper.options import Options
 from flwr_clicooper.split.batches import BatchPlan
 
 _GOODBYE = 5.0
-"""Seconds to wait for parties to clean up after a failed run."""
+"""Seconds to wait for a party to clean up after a failed run."""
 
 
 class ChainRun:
@@ -36,10 +36,6 @@ class ChainRun:
         Who is who.
     folder : RunFolder
         Where to write what happens.
-    rounds : int
-        Epochs.
-    timeout : float
-        Seconds to wait for one answer.
     """
 
     def __init__(
@@ -48,18 +44,16 @@ class ChainRun:
         options: Options,
         roster: Roster,
         folder: RunFolder,
-        rounds: int,
-        timeout: float,
     ) -> None:
         self.grid = grid
         self.options = options
         self.folder = folder
-        self.rounds = rounds
+        self.rounds = options.num_rounds
         self.owner = roster.owner
         self.trainers = [roster.trainers[stage] for stage in sorted(roster.trainers)]
         self.standbys = roster.standbys
         names = {n: roster.name(n) for n in [self.owner, *self.trainers]}
-        self.relay = Relay(grid, names, timeout)
+        self.relay = Relay(grid, names, options.timeout)
         self.seats = self._seats()
         self.progress: StepProgress | None = None
 
@@ -76,11 +70,16 @@ class ChainRun:
     def set_up(self, initial_arrays: ArrayRecord | None) -> None:
         """Let every party build and check its part, the owner first."""
         count = len(self.trainers)
+        common = {
+            "trainers": count,
+            "rounds": self.rounds,
+            "options": json.dumps(self.options.agreed()),
+        }
         own = [0, count + 1] if self.options.label_side == "owner" else [0]
         facts, _ = self.relay.ask(
             self.owner,
             Action.SETUP,
-            {"trainers": count, "rounds": self.rounds},
+            common,
             _initial(initial_arrays, own),
             persist=True,
         )
@@ -100,8 +99,7 @@ class ChainRun:
         log(INFO, "\t%s: head, gives %s", self.relay.names[self.owner], " and ".join(cuts[0]))
         for stage, node_id in enumerate(self.trainers, start=1):
             fields = {
-                "trainers": count,
-                "rounds": self.rounds,
+                **common,
                 "stage": stage,
                 "records": self.records,
                 "chunk-records": self.chunk_records,
@@ -120,6 +118,9 @@ class ChainRun:
                 f"{reply.get('parameters', int):,}",
                 " and ".join(cuts[stage]),
             )
+        if self.options.label_side == "trainer":
+            takers = ", ".join(self.relay.names[n] for n in self._label_takers())
+            log(INFO, "\tlabels go to %s", takers)
         if self.standbys:
             log(INFO, "\tstandby: %s", ", ".join(f"node {n}" for n in self.standbys))
         self.folder.parties(
@@ -142,8 +143,7 @@ class ChainRun:
             activations = required(given, ACTIVATIONS, who)
             self._upload(self.owner, self.trainers[0], chunk, {ACTIVATIONS: activations})
             if LABELS in given:
-                local = self.options.schedule == "local"
-                for taker in self.trainers if local else self.trainers[-1:]:
+                for taker in self._label_takers():
                     self._upload(self.owner, taker, chunk, {LABELS: given[LABELS]})
         log(
             INFO,
@@ -154,6 +154,10 @@ class ChainRun:
             if self.options.label_side == "trainer"
             else "The owner stays for the loss.",
         )
+
+    def _label_takers(self) -> list[int]:
+        """Return who gets the labels: the last one, or all when each trains alone."""
+        return self.trainers if self.options.schedule == "local" else self.trainers[-1:]
 
     def _upload(self, giver: int, taker: int, chunk: int, records: Records) -> None:
         for record in records.values():
@@ -267,19 +271,26 @@ class ChainRun:
         return metrics, header.get("model", str)
 
     def finish(self) -> None:
-        """Let every party delete its state of the run."""
-        self.relay.ask_all([self.owner, *self.trainers], Action.FINISH, {})
+        """Let every party delete its state of the run.
+
+        The model is delivered, so a party that cannot is a warning, not a failure.
+        """
+        for node_id in [self.owner, *self.trainers]:
+            self._say_goodbye(node_id, self.relay.exchange.timeout)
 
     def abandon(self) -> None:
         """After a failure: let every party that still answers delete its state."""
         if self.progress is not None:
             self.progress.close()
-        relay = Relay(self.grid, self.relay.names, _GOODBYE)
+        self.relay.drain(_GOODBYE)  # who still works would write its state again
         for node_id in [self.owner, *self.trainers]:
-            try:
-                relay.ask(node_id, Action.FINISH, {})
-            except CooperError as error:
-                log(WARNING, "could not clean up after the failure: %s", error)
+            self._say_goodbye(node_id, _GOODBYE)
+
+    def _say_goodbye(self, node_id: int, timeout: float) -> None:
+        try:
+            Relay(self.grid, self.relay.names, timeout).ask(node_id, Action.FINISH, {})
+        except Exception as error:  # nothing here may hide how the run itself ended
+            log(WARNING, "%s may have kept its state: %s", self.relay.names[node_id], error)
 
 
 def _initial(arrays: ArrayRecord | None, segments: list[int]) -> Records:

@@ -5,6 +5,7 @@ The relay passes tensors on without decoding them.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -138,6 +139,13 @@ class Relay:
         while len(self.exchange):
             self.receive()
 
+    def drain(self, seconds: float) -> None:
+        """Wait for replies that are still due, and drop them, errors and all."""
+        deadline = time.monotonic() + seconds
+        while len(self.exchange) and time.monotonic() < deadline:
+            if not self.exchange.poll():
+                time.sleep(self.exchange.interval)
+
     def count(self, giver: int, taker: int, record: ArrayRecord) -> None:
         """Note that a record went from one party to another."""
         link = f"{_short(self.names[giver])} -> {_short(self.names[taker])}"
@@ -156,7 +164,7 @@ def check_answer(reply: Message, name: str) -> Header:
     if reply.has_error():
         reason = (reply.error.reason or f"Flower error {reply.error.code}").strip()
         raise ClientError(f"{name} failed at {action}: {reason}")
-    header = Header.of(reply)
+    header = Header.of(reply, name)
     if "error" in header:
         raise ClientError(f"{name} failed at {action}: {header.get('error', str)}")
     return header

@@ -12,10 +12,12 @@ from flwr_clicooper.chain.messages import PROTOCOL, Action, Header, instruction
 from flwr_clicooper.chain.relay import check_answer
 from flwr_clicooper.chain.roles import OWNER, STANDBY
 from flwr_clicooper.errors import RoleError
-from flwr_clicooper.grids.exchange import exchange
+from flwr_clicooper.grids.exchange import Exchange
 
-_POLL = 0.2
+_POLL = 0.05
 _REMIND = 10.0
+_GRACE = 5.0
+"""Seconds that a whole chain waits for others to say who they are."""
 
 
 @dataclass
@@ -123,34 +125,44 @@ def discover(grid: Grid, timeout: float, say: Callable[[str], None]) -> Roster:
     RoleError
         Nodes are missing, doubled, or do not fit the owner's model.
     """
-    roster = Roster()
-    started = reminded = time.monotonic()
+    roster, flight = Roster(), Exchange(grid, timeout)
+    asked: set[int] = set()
+    started = reminded = whole = time.monotonic()
     while True:
-        new = [n for n in grid.get_node_ids() if n not in roster.known]
-        messages = [instruction(Action.HELLO, n, {}, ttl=timeout) for n in new]
-        for reply in exchange(grid, messages, timeout):
+        for node_id in set(grid.get_node_ids()) - asked:
+            asked.add(node_id)
+            flight.push(instruction(Action.HELLO, node_id, {}, ttl=timeout))
+        for reply in flight.poll():
             node_id = reply.metadata.src_node_id
             roster.add(node_id, check_answer(reply, f"node {node_id}"))
-        missing = roster.missing()
-        if not missing:
+        now, missing = time.monotonic(), roster.missing()
+        if missing:
+            whole = now
+            everybody = getattr(grid, "complete", False) or (
+                roster.simulated and len(roster.known) >= roster.simulated
+            )
+            if (everybody and not len(flight)) or now - started > timeout:
+                raise RoleError(
+                    _incomplete(roster, missing, flight.waiting_for, now - started)
+                )
+        elif not len(flight) or now - whole > _GRACE:
             roster.settle()
             return roster
-        all_here = getattr(grid, "complete", False) or (
-            roster.simulated and len(roster.known) >= roster.simulated
-        )
-        waited = time.monotonic() - started
-        if all_here or waited > timeout:
-            raise RoleError(_incomplete(roster, missing, 0 if all_here else waited))
-        if time.monotonic() - reminded > _REMIND:
-            reminded = time.monotonic()
-            say(f"waiting for {', '.join(missing)}")
+        if now - reminded > _REMIND:
+            reminded = now
+            mute = f"; no answer yet from {_nodes(flight.waiting_for)}" if len(flight) else ""
+            say(f"waiting for {', '.join(missing) or 'standbys'}{mute}")
         time.sleep(_POLL)
 
 
-def _incomplete(roster: Roster, missing: list[str], waited: float) -> str:
-    text = f"the chain is not whole: {', '.join(missing)} is missing"
-    if waited:
-        text += f" after {waited:.0f} s"
+def _nodes(node_ids: list[int]) -> str:
+    return ", ".join(f"node {n}" for n in node_ids)
+
+
+def _incomplete(roster: Roster, missing: list[str], mute: list[int], waited: float) -> str:
+    text = f"the chain is not whole: {', '.join(missing)} is missing after {waited:.0f} s"
+    if mute:
+        text += f"; {_nodes(mute)} did not answer"
     if roster.needed:
         have = ", ".join(map(str, sorted(roster.trainers))) or "none"
         text += f"; the owner's model needs {roster.needed} trainers, stages here: {have}"

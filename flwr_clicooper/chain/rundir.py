@@ -12,10 +12,12 @@ from typing import Any
 
 import tomli_w
 
+from flwr_clicooper.errors import OptionError
 from flwr_clicooper.files import write_atomically
 
 RUN_FILE = "run.toml"
 METRICS_FILE = "metrics.jsonl"
+_PACKAGES = ("flwr", "flwr-clicooper", "numpy", "safetensors", "torch")
 
 
 class RunFolder:
@@ -29,17 +31,26 @@ class RunFolder:
         Flower's run ID.
     options : mapping
         The resolved options.
+
+    Raises
+    ------
+    OptionError
+        The folder holds a run already.
     """
 
     def __init__(self, path: Path, run_id: int, options: Mapping[str, Any]) -> None:
         self.path = path
+        if (path / RUN_FILE).exists():
+            raise OptionError(
+                f"{path} holds a run already; a LocalGrid serves one run, so make a new one"
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         self._record: dict[str, Any] = {
             "run": {"id": str(run_id), "status": "running", "started": _now()},
             "options": dict(options),
             "versions": {
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("flwr", "flwr-clicooper", "numpy")},
+                **{name: version(name) for name in _PACKAGES},
             },
         }
         self._write()

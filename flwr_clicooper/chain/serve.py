@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 from flwr.app import Context, Message
@@ -12,7 +13,7 @@ from flwr_clicooper.chain.roles import OWNER
 from flwr_clicooper.chain.state import WorkerCache
 from flwr_clicooper.chain.trainer import Trainer
 from flwr_clicooper.chain.worker import Reply, Session, Worker
-from flwr_clicooper.errors import MessageError
+from flwr_clicooper.errors import MessageError, OptionError
 from flwr_clicooper.task import SplitTask
 
 # These read the state; all others change it, and so its version.
@@ -61,13 +62,25 @@ def serve(task: SplitTask, action: Action, message: Message, context: Context) -
 def _set_up(session: Session, header: Header, message: Message) -> tuple[Worker, Reply]:
     if header.get("version", int) != 0:
         raise MessageError("setup comes first: its version must be 0")
+    _check_agreement(session, header)
     store = session.store()
-    store.remove()
+    store.create()
     worker = _worker_class(session)(session, store, header.as_dict())
     reply = worker.start(message)
     for stage in worker.stages:
         worker.changes |= stage.whole()
     return worker, reply
+
+
+def _check_agreement(session: Session, header: Header) -> None:
+    """Refuse a relay whose options are not this node's."""
+    relay = json.loads(header.get("options", str))
+    for key, own in session.options.agreed().items():
+        if relay.get(key) != own:
+            raise OptionError(
+                f"option {key!r} is {relay.get(key)!r} on the relay and {own!r} on this node; "
+                "both must have the same run config"
+            )
 
 
 def _load(session: Session, version: int) -> Worker:

@@ -163,7 +163,7 @@ class Stage:
         tensors, rest = self.segment.optimizer_state()
         self.optimizer_rest = rest
         return {
-            f"{self.name}-weights": self.segment.weights(),
+            f"{self.name}-weights": self.segment.tensors(),
             f"{self.name}-optimizer": tensors,
             f"{self.name}-gradients": None,
             f"{self.name}-buffers": None,
@@ -181,7 +181,7 @@ class Stage:
     def load(self, store: StateStore, facts: Mapping[str, Any]) -> None:
         """Set the segment to what the store has, in the middle of a batch too."""
         segment, parts = self.segment, store.manifest.parts
-        segment.load_weights(store.read(f"{self.name}-weights"))
+        segment.load_tensors(store.read(f"{self.name}-weights"))
         self.optimizer_rest = facts[f"{self.name}-optimizer"]
         segment.load_optimizer_state(
             _own(store.read(f"{self.name}-optimizer")), self.optimizer_rest

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -62,6 +63,18 @@ class StateStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = Manifest()
+
+    def create(self) -> None:
+        """Make the folder of a new state.
+
+        Raises
+        ------
+        StateError
+            There is a state already.
+        """
+        if (self.folder / MANIFEST).exists():
+            raise StateError(f"{self.folder} has the state of this run already")
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def open(self, version: int) -> None:
         """Read the manifest and insist on a version.
@@ -125,8 +138,14 @@ class StateStore:
         durable : bool
             Whether to wait until the disk has it, so that it survives a power cut.
             Another process sees it in any case.
+
+        Raises
+        ------
+        StateError
+            The state was deleted meanwhile.
         """
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not self.folder.is_dir():
+            raise StateError(f"the state in {self.folder} was deleted: the run has ended")
         parts = dict(self.manifest.parts)
         for part, tensors in changes.items():
             parts.pop(part, None)
@@ -145,13 +164,16 @@ class StateStore:
     def remove(self) -> None:
         """Delete all files of the state."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # other nodes' states may be beside it
+            self.folder.parent.rmdir()
 
 
 class WorkerCache(Generic[Worker]):
-    """The live workers of this process, by run, node and role."""
+    """The live workers of this process, by run and node."""
 
     def __init__(self) -> None:
         self._workers: dict[tuple[int, int], tuple[int, Worker]] = {}
+        self._ended: set[tuple[int, int]] = set()
 
     def take(self, key: tuple[int, int], version: int, load: Callable[[], Worker]) -> Worker:
         """Take a worker out of the cache at a version, or load it from its files.
@@ -171,11 +193,13 @@ class WorkerCache(Generic[Worker]):
         return load()
 
     def put(self, key: tuple[int, int], version: int, worker: Worker) -> None:
-        """Keep a worker at a version."""
-        self._workers[key] = (version, worker)
+        """Keep a worker at a version, unless its run has ended meanwhile."""
+        if key not in self._ended:
+            self._workers[key] = (version, worker)
 
     def drop(self, key: tuple[int, int]) -> None:
-        """Forget a worker."""
+        """Forget a worker for good: its run has ended."""
+        self._ended.add(key)
         self._workers.pop(key, None)
 
     def clear(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from logging import ERROR, INFO
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +20,7 @@ from flwr_clicooper.chain.roles import run_folder
 from flwr_clicooper.chain.roster import discover
 from flwr_clicooper.chain.rundir import RunFolder
 from flwr_clicooper.errors import CooperError, OptionError
-from flwr_clicooper.options import Options
+from flwr_clicooper.options import TASK_PREFIX, Options
 
 
 @dataclass(repr=False)
@@ -46,6 +46,8 @@ class CooperStrategy(Strategy):
     ----------
     options : Options
         The run's options.
+    task_options : mapping, optional
+        The ``task.*`` keys of the run config, to be written down with the run.
 
     Examples
     --------
@@ -55,8 +57,11 @@ class CooperStrategy(Strategy):
     ... # doctest: +SKIP
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(
+        self, options: Options, task_options: Mapping[str, Any] | None = None
+    ) -> None:
         self.options = options
+        self.task_options = dict(task_options or {})
 
     @classmethod
     def from_config(cls, run_config: Mapping[str, Any]) -> CooperStrategy:
@@ -67,7 +72,8 @@ class CooperStrategy(Strategy):
         OptionError
             An option is unknown, missing, or has a value that is not allowed.
         """
-        return cls(Options.from_config(run_config))
+        own = {k: v for k, v in run_config.items() if k.startswith(TASK_PREFIX)}
+        return cls(Options.from_config(run_config), own)
 
     def start(
         self,
@@ -112,18 +118,20 @@ class CooperStrategy(Strategy):
             the way out. The run is then marked failed and no model is written.
         """
         _refuse_unused(train_config, evaluate_config, evaluate_fn)
-        rounds = self.options.num_rounds if num_rounds is None else num_rounds
-        if rounds < 1:
-            raise OptionError(f"num_rounds is {rounds}; allowed is an integer >= 1")
-        wait = self.options.timeout if timeout is None else timeout
+        options = replace(
+            self.options,
+            num_rounds=self.options.num_rounds if num_rounds is None else num_rounds,
+            timeout=self.options.timeout if timeout is None else timeout,
+        )
         run_id = grid.run.run_id
-        folder = RunFolder(run_folder(self.options, run_id), run_id, self.options.as_config())
+        config = options.as_config()
+        folder = RunFolder(run_folder(options, run_id), run_id, config | self.task_options)
         run: ChainRun | None = None
         try:
-            self.summary()
-            roster = discover(grid, wait, lambda text: log(INFO, text))
-            run = ChainRun(grid, self.options, roster, folder, rounds, wait)
-            result = self._run(run, rounds, initial_arrays)
+            _log_options(config | self.task_options)
+            roster = discover(grid, options.timeout, lambda text: log(INFO, text))
+            run = ChainRun(grid, options, roster, folder)
+            result = self._run(run, initial_arrays)
         except BaseException as error:
             reason = str(error) if isinstance(error, CooperError) else type(error).__name__
             folder.close("failed", error=reason)
@@ -134,9 +142,8 @@ class CooperStrategy(Strategy):
         folder.close("completed")
         return result
 
-    def _run(
-        self, run: ChainRun, rounds: int, initial_arrays: ArrayRecord | None
-    ) -> CooperResult:
+    def _run(self, run: ChainRun, initial_arrays: ArrayRecord | None) -> CooperResult:
+        rounds = run.options.num_rounds
         started = time.monotonic()
         result = CooperResult(run_dir=run.folder.path)
         run.set_up(initial_arrays)
@@ -153,9 +160,7 @@ class CooperStrategy(Strategy):
 
     def summary(self) -> None:
         """Log the options of the run."""
-        log(INFO, "CooperStrategy:")
-        for key, value in self.options.as_config().items():
-            log(INFO, "\t%-16s %s", key, "-" if value == "" else value)
+        _log_options(self.options.as_config() | self.task_options)
 
     def _summarise(
         self, run: ChainRun, evaluation: Mapping[str, float], model: str, seconds: float
@@ -198,6 +203,12 @@ class CooperStrategy(Strategy):
     ) -> MetricRecord | None:
         """Not used; `start` drives the chain."""
         _not_used()
+
+
+def _log_options(config: Mapping[str, Any]) -> None:
+    log(INFO, "CooperStrategy:")
+    for key, value in config.items():
+        log(INFO, "\t%-16s %s", key, "-" if value == "" else value)
 
 
 def _not_used() -> NoReturn:

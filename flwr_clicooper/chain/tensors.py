@@ -19,17 +19,14 @@ from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
 from flwr_clicooper.errors import MessageError
+from flwr_clicooper.split.specs import CROSSING
 
 RAW = "clicooper.raw"
 NPY = "numpy.ndarray"
 
-_NPY_DTYPES = (
-    *("float16", "float32", "float64", "complex64", "complex128"),
-    *("int8", "int16", "int32", "int64", "uint8", "bool"),
-)
-_DTYPES: dict[tuple[str, str], torch.dtype] = {
-    (RAW, "bfloat16"): torch.bfloat16,
-    **{(NPY, name): getattr(torch, name) for name in _NPY_DTYPES},
+_DTYPES = {
+    (RAW if dtype is torch.bfloat16 else NPY, str(dtype).removeprefix("torch.")): dtype
+    for dtype in CROSSING
 }
 
 # Decoded tensors are views of the message's bytes and nothing here writes to them.

@@ -11,6 +11,7 @@ from torch import Tensor
 from flwr_clicooper.chain.auxiliary import WithAuxiliary
 from flwr_clicooper.chain.build import (
     build_segments,
+    check_trainable,
     load_initial,
     outgoing_specs,
     trainers_for,
@@ -33,7 +34,7 @@ from flwr_clicooper.chain.uploads import Uploads
 from flwr_clicooper.chain.worker import Reply, Session, Worker, initial_weights
 from flwr_clicooper.errors import MessageError, SplitError
 from flwr_clicooper.split.batches import Position
-from flwr_clicooper.split.specs import Tensors, as_tensors, check_tensors, describe
+from flwr_clicooper.split.specs import Tensors, check_tensors, describe
 
 
 class Trainer(Worker):
@@ -99,6 +100,7 @@ class Trainer(Worker):
                 f"segment {self.index} gives {describe(found)} on trainer {self.index}, but "
                 f"{describe(self.outgoing)} in the owner's task: both must run the same app"
             )
+        check_trainable(self.stage.segment.module, self.stage.incoming, self.index, self.plan)
         return {"parameters": sum(p.numel() for p in self.module.parameters())}, {}
 
     def handle(self, action: Action, header: Header, message: Message) -> Reply:
@@ -185,10 +187,5 @@ class Trainer(Worker):
 
     def _outputs(self, chunk: int) -> Reply:
         """Return what the trained segment gives for one chunk of its inputs."""
-        rows = self.uploads.chunk_rows(chunk)
-        inputs = self.uploads.activations(rows)
-        self.module.eval()
-        with torch.no_grad():
-            values = self.module(*(x.to(self.session.device) for x in inputs))
-        self.module.train()
-        return {}, {ACTIVATIONS: encode_places(as_tensors(values, self.who))}
+        inputs = self.uploads.activations(self.uploads.chunk_rows(chunk))
+        return {}, {ACTIVATIONS: encode_places(self.outputs_of(self.module, inputs))}

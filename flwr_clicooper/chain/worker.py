@@ -19,7 +19,9 @@ from flwr_clicooper.chain.state import StateStore
 from flwr_clicooper.chain.tensors import decode
 from flwr_clicooper.options import Options, task_config
 from flwr_clicooper.split.batches import BatchPlan, Position
+from flwr_clicooper.split.modules import keeping_modes
 from flwr_clicooper.split.segment import Segment
+from flwr_clicooper.split.specs import Tensors, as_tensors
 from flwr_clicooper.task import SplitTask
 
 Reply = tuple[dict[str, Any], dict[str, ArrayRecord]]
@@ -104,6 +106,19 @@ class Worker(ABC):
         for stage in self.stages:
             facts |= stage.facts()
         return facts
+
+    def outputs_of(self, module: nn.Module, inputs: Tensors) -> Tensors:
+        """Return what a module gives in eval mode, computed batch by batch, on the CPU."""
+        size, device = self.session.options.batch_size, self.session.device
+        module = module.to(device)
+        parts = []
+        with torch.no_grad(), keeping_modes(module):
+            module.eval()
+            for start in range(0, len(inputs[0]), size):
+                rows = [x[start : start + size].to(device) for x in inputs]
+                given = as_tensors(module(*rows), type(module).__name__)
+                parts.append([output.cpu() for output in given])
+        return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
     def make_segment(self, module: nn.Module, index: int) -> Segment:
         """Return a trainable segment on this node's device."""

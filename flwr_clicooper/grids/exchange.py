@@ -35,7 +35,7 @@ class Exchange:
         Any Flower grid.
     timeout : float
         Seconds to wait for each reply.
-    poll : float
+    interval : float
         Seconds between two pulls.
     names : mapping of int to str, optional
         What errors call each node.
@@ -45,12 +45,12 @@ class Exchange:
         self,
         grid: Grid,
         timeout: float,
-        poll: float = POLL,
+        interval: float = POLL,
         names: Mapping[int, str] | None = None,
     ) -> None:
         self.grid = grid
         self.timeout = timeout
-        self.poll = poll
+        self.interval = interval
         self.names = names or {}
         self._pending: dict[str, _Pending] = {}
 
@@ -63,18 +63,31 @@ class Exchange:
         Raises
         ------
         ClientTimeoutError
-            The grid did not take the message: the node has left.
+            The grid did not take the message, since the node has left; or, on a grid that
+            serves a message at once, serving it took too long.
         """
         node_id, kind = message.metadata.dst_node_id, message.metadata.message_type
-        deadline = time.monotonic() + self.timeout
+        started = time.monotonic()
         ids = [i for i in self.grid.push_messages([message]) if i]
         if not ids:
             raise ClientTimeoutError(
                 f"{self._name(node_id)} cannot be reached for {kind}: Flower did not take "
                 "the message"
             )
-        self._pending[ids[0]] = _Pending(node_id, kind, deadline)
+        now = time.monotonic()
+        if now - started > self.timeout:
+            raise self._late(node_id, kind)
+        self._pending[ids[0]] = _Pending(node_id, kind, now + self.timeout)
         return ids[0]
+
+    def poll(self) -> list[Message]:
+        """Return the replies that are there, without waiting."""
+        if not self._pending:
+            return []
+        replies = list(self.grid.pull_messages(list(self._pending)))
+        for reply in replies:
+            del self._pending[reply.metadata.reply_to_message_id]
+        return replies
 
     def pull(self) -> list[Message]:
         """Wait for at least one reply; return all that are there.
@@ -85,30 +98,32 @@ class Exchange:
             A node did not answer in time; its late answer is not used.
         """
         while self._pending:
-            replies = list(self.grid.pull_messages(list(self._pending)))
-            self._refuse_late()
-            for reply in replies:
-                del self._pending[reply.metadata.reply_to_message_id]
-            if replies:
+            if replies := self.poll():
                 return replies
-            time.sleep(self.poll)
+            now = time.monotonic()
+            for pending in self._pending.values():
+                if now > pending.deadline:
+                    raise self._late(pending.node_id, pending.message_type)
+            time.sleep(self.interval)
         return []
+
+    @property
+    def waiting_for(self) -> list[int]:
+        """The nodes whose replies are due."""
+        return [pending.node_id for pending in self._pending.values()]
+
+    def _late(self, node_id: int, kind: str) -> ClientTimeoutError:
+        return ClientTimeoutError(
+            f"{self._name(node_id)} did not answer {kind} within {self.timeout:g} s "
+            "(option 'timeout')"
+        )
 
     def _name(self, node_id: int) -> str:
         return self.names.get(node_id, f"node {node_id}")
 
-    def _refuse_late(self) -> None:
-        now = time.monotonic()
-        for late in self._pending.values():
-            if now > late.deadline:
-                raise ClientTimeoutError(
-                    f"{self._name(late.node_id)} did not answer {late.message_type} within "
-                    f"{self.timeout:g} s (option 'timeout')"
-                )
-
 
 def exchange(
-    grid: Grid, messages: Iterable[Message], timeout: float, poll: float = POLL
+    grid: Grid, messages: Iterable[Message], timeout: float, interval: float = POLL
 ) -> list[Message]:
     """Send messages and wait for all replies, in the order of the messages.
 
@@ -120,7 +135,7 @@ def exchange(
         At most one per node, since Flower runs a node's messages concurrently.
     timeout : float
         Seconds to wait for each reply.
-    poll : float
+    interval : float
         Seconds between two pulls.
 
     Raises
@@ -128,7 +143,7 @@ def exchange(
     ClientTimeoutError
         A node cannot be reached or does not answer in time.
     """
-    flight = Exchange(grid, timeout, poll)
+    flight = Exchange(grid, timeout, interval)
     ids = [flight.push(message) for message in messages]
     replies: dict[str, Message] = {}
     while len(flight):

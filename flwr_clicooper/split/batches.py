@@ -71,6 +71,12 @@ class BatchPlan:
         """Return the number of micro-batches of ``step``."""
         return min(self.microbatches, self.batch_records(step))
 
+    @property
+    def smallest_part(self) -> int:
+        """Records in the smallest micro-batch of a round."""
+        steps = (0, self.steps - 1)
+        return min(self.batch_records(step) // self.parts(step) for step in steps)
+
     def weight(self, at: Position) -> float:
         """Return the share of its batch that a micro-batch has."""
         return len(self.indices(at)) / self.batch_records(at.step)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
 from torch import Tensor, nn
 
 from flwr_clicooper.errors import SplitError
-from flwr_clicooper.split.segment import check_unshared
+from flwr_clicooper.split.modules import check_unshared
 from flwr_clicooper.split.specs import TensorSpec, describe
 from flwr_clicooper.split.trace import TracedModel, trace
 
@@ -103,7 +103,7 @@ class SplitPlan(Sequence[nn.Module]):
         """Return every layer after which the model can be cut, in order.
 
         Layers that end at the same place are one cut, named by the outermost. Places
-        where a parameter would be on both sides are left out.
+        where a parameter or buffer would be on both sides are left out.
         """
         traced = self._traced
         found: dict[int, Cut] = {}
@@ -111,9 +111,9 @@ class SplitPlan(Sequence[nn.Module]):
             place = traced.end_of(layer)
             if place == len(traced.nodes) or _refusal(traced, place):
                 continue
-            before = traced.parameters(0, place)
-            after = traced.parameters(place, len(traced.nodes))
-            if {id(p) for p in before.values()} & {id(p) for p in after.values()}:
+            before = traced.tensors(0, place)
+            after = traced.tensors(place, len(traced.nodes))
+            if before.keys() & after.keys():
                 continue
             flops = [traced.flops[n] for n in traced.nodes]
             found[place] = Cut(
@@ -257,9 +257,8 @@ def _specs(traced: TracedModel, place: int) -> Iterator[TensorSpec]:
         yield value
 
 
-def _count(parameters: object) -> int:
-    unique = {id(p): p for p in parameters}  # type: ignore[attr-defined]
-    return sum(p.numel() for p in unique.values())
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
 
 
 def _best(cuts: list[Cut], balance: list[float]) -> list[Cut]:

@@ -9,8 +9,7 @@ autograd graph died with its process is computed again from its inputs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flwr_clicooper.errors import MessageError, SplitError, StateError
+from flwr_clicooper.errors import MessageError, StateError
 from flwr_clicooper.split.batches import Position, derive_seed
+from flwr_clicooper.split.modules import seeded
 from flwr_clicooper.split.specs import Tensors, as_tensors, is_finite
 
 Loss = Callable[[Tensors, Tensor], Tensor]
@@ -243,17 +243,12 @@ class Segment:
     # -- state -------------------------------------------------------------------
 
     def buffers(self) -> dict[str, Tensor]:
-        """Return copies of the module's persistent buffers."""
-        parameters = {name for name, _ in self.module.named_parameters()}
-        state = self.module.state_dict()
-        return {k: v.detach().cpu().clone() for k, v in state.items() if k not in parameters}
+        """Return copies of the module's buffers, persistent or not."""
+        return {k: v.detach().cpu().clone() for k, v in self.module.named_buffers()}
 
     def load_buffers(self, buffers: dict[str, Tensor]) -> None:
         """Set the buffers that are named."""
-        own = self.module.state_dict()
-        with torch.no_grad():
-            for name, value in buffers.items():
-                own[name].copy_(value)
+        _copy_into(dict(self.module.named_buffers()), buffers)
 
     def gradients(self) -> dict[str, Tensor]:
         """Return the gradients accumulated so far, by parameter name."""
@@ -266,20 +261,15 @@ class Segment:
             value = gradients.get(name)
             parameter.grad = None if value is None else value.to(self.device)
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return parameters and buffers on the CPU, contiguous, by name."""
-        state = self.module.state_dict()
-        return {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all parameters and buffers on the CPU, each once, by name."""
+        named = [*self.module.named_parameters(), *self.module.named_buffers()]
+        return {k: v.detach().cpu().contiguous() for k, v in named}
 
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Set parameters and buffers.
-
-        Raises
-        ------
-        SplitError
-            Names or shapes do not match the segment.
-        """
-        load_weights(self.module, weights, f"segment {self.index}")
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Set what `tensors` returned."""
+        named = [*self.module.named_parameters(), *self.module.named_buffers()]
+        _copy_into(dict(named), tensors)
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], str]:
         """Return the optimizer's tensors and the rest of its state as JSON.
@@ -305,8 +295,8 @@ class Segment:
         except TypeError as error:
             kind = type(self.optimizer).__name__
             raise StateError(
-                f"segment {self.index}: {kind} keeps a value that is neither a tensor nor "
-                "JSON, so its state cannot be stored"
+                f"segment {self.index}: the state of {kind} cannot be stored; allowed are "
+                "tensors and JSON values in its state, and JSON values in its groups"
             ) from error
         return tensors, rest
 
@@ -320,6 +310,14 @@ class Segment:
             slot, key = name.split("/", 1)
             state.setdefault(int(slot), {})[key] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+        # PyTorch casts what it loads to the parameter's dtype; a float32 copy of a bfloat16
+        # parameter must stay what it was.
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for name, tensor in tensors.items():
+            slot, key = name.split("/", 1)
+            loaded = self.optimizer.state[parameters[int(slot)]]
+            if loaded[key].dtype != tensor.dtype:
+                loaded[key] = tensor.to(loaded[key].device)
 
 
 def step_optimizer(optimizer: Optimizer | None, lr_factor: float) -> None:
@@ -332,57 +330,14 @@ def step_optimizer(optimizer: Optimizer | None, lr_factor: float) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed PyTorch's generators inside the block and restore them after it."""
-    devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-
-
 def _run_with(module: nn.Module, buffers: dict[str, Tensor], *inputs: Tensor) -> object:
     return torch.func.functional_call(module, buffers, inputs)
 
 
-def load_weights(module: nn.Module, weights: dict[str, Tensor], who: str) -> None:
-    """Load weights into a module, all or nothing.
-
-    Raises
-    ------
-    SplitError
-        Names or shapes do not match; the text lists up to three differences.
-    """
-    own = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    given = {k: tuple(v.shape) for k, v in weights.items()}
-    wrong = [
-        f"{k}: {own.get(k, 'absent')} in the model, {given.get(k, 'absent')} in the file"
-        for k in sorted(own.keys() | given.keys())
-        if own.get(k) != given.get(k)
-    ]
-    if wrong:
-        raise SplitError(f"{who}: the weights do not fit: {'; '.join(wrong[:3])}")
-    module.load_state_dict(weights)
-
-
-def check_unshared(segments: Sequence[nn.Module]) -> None:
-    """Refuse segments that share a parameter or a buffer.
-
-    Raises
-    ------
-    SplitError
-        Two segments hold the same tensor; trained apart, the copies would diverge.
-    """
-    seen: dict[int, tuple[int, str]] = {}
-    for index, segment in enumerate(segments):
-        named = [*segment.named_parameters(), *segment.named_buffers()]
-        for name, tensor in named:
-            other, first = seen.setdefault(id(tensor), (index, name))
-            if other != index:
-                raise SplitError(
-                    f"segment {other} ({first}) and segment {index} ({name}) share a "
-                    "tensor; a cut must leave every parameter and buffer on one side"
-                )
+def _copy_into(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in given.items():
+            own[name].copy_(value)
 
 
 def _gradients(leaves: Tensors) -> dict[int, Tensor]:

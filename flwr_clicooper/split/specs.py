@@ -12,6 +12,13 @@ from torch import Tensor
 from flwr_clicooper.errors import MessageError, SplitError
 
 Tensors = tuple[Tensor, ...]
+
+CROSSING = frozenset(
+    {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+    | {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool}
+)
+"""Dtypes that can cross a cut."""
+
 _PATTERN = re.compile(r"(?P<dtype>[a-z0-9]+)\[(?P<shape>[0-9, ]*)\]")
 
 
@@ -86,6 +93,12 @@ def as_tensors(value: object, who: str) -> Tensors:
                 f"{who} returns {kind}; a segment returns one tensor or a tuple of "
                 "tensors whose first dimension is the batch"
             )
+        if item.dtype not in CROSSING:
+            dtype = str(item.dtype).removeprefix("torch.")
+            raise SplitError(
+                f"{who} returns {dtype}, which cannot cross a cut; allowed are "
+                f"{', '.join(sorted(str(d).removeprefix('torch.') for d in CROSSING))}"
+            )
     return found
 
 
@@ -128,7 +141,7 @@ def check_tensor(tensor: Tensor, spec: TensorSpec, records: int, what: str) -> N
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether every value is finite, in one pass and without a temporary."""
-    if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()):
+    if tensor.numel() == 0 or not (tensor.is_floating_point()):
         return True
     low, high = torch.aminmax(tensor.detach())
     return bool(torch.isfinite(low) & torch.isfinite(high))

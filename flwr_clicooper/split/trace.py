@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flwr_clicooper.errors import SplitError
+from flwr_clicooper.split.modules import keeping_modes
 from flwr_clicooper.split.specs import TensorSpec
 
 WAY_OUT = "return the segments by hand from SplitTask.segments() instead"
@@ -90,16 +91,21 @@ class TracedModel:
                 ends[name] = place
         return sorted(ends, key=lambda name: (ends[name], -name.count(".")))
 
-    def parameters(self, start: int, stop: int) -> dict[str, nn.Parameter]:
-        """Return the parameters that operations from ``start`` to ``stop`` use."""
-        named = dict(self.module.named_parameters(remove_duplicate=False))
-        used: dict[str, nn.Parameter] = {}
+    def tensors(self, start: int, stop: int) -> dict[int, Tensor]:
+        """Return the parameters and buffers that some operations use, by identity."""
+        named = [
+            *self.module.named_parameters(remove_duplicate=False),
+            *self.module.named_buffers(remove_duplicate=False),
+        ]
+        used: dict[int, Tensor] = {}
         for node in self.nodes[start:stop]:
-            if node.op in ("call_module", "get_attr"):
-                target = str(node.target)
-                for name, parameter in named.items():
+            sources = [n for n in node.all_input_nodes if n.op == "get_attr"]
+            if node.op == "call_module":
+                sources.append(node)
+            for target in (str(source.target) for source in sources):
+                for name, tensor in named:
                     if name == target or name.startswith(f"{target}."):
-                        used[name] = parameter
+                        used[id(tensor)] = tensor
         return used
 
     def cut(self, places: Sequence[int]) -> list[nn.Module]:
@@ -116,7 +122,8 @@ class TracedModel:
         for node in self.crossing(start):
             copies[node] = graph.placeholder(node.name)
         for node in self.nodes[start:stop]:
-            # A parameter read by several segments is caught by `check_unshared`.
+            if node.op == "get_attr":
+                continue  # fetched where it is used
             copies[node] = graph.node_copy(node, lambda n: self._copy_of(n, copies, graph))
         if last:
             (output,) = (n for n in self.module.graph.nodes if n.op == "output")
@@ -130,7 +137,7 @@ class TracedModel:
     def _copy_of(
         self, node: fx.Node, copies: dict[fx.Node, fx.Node], graph: fx.Graph
     ) -> fx.Node:
-        if node not in copies:  # a parameter or constant that an earlier segment fetched
+        if node not in copies:  # a parameter or constant; `check_unshared` sees doubles
             copies[node] = graph.get_attr(str(node.target))
         return copies[node]
 
@@ -152,8 +159,7 @@ def trace(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> Trace
         text gives the reason and the way out.
     """
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    was_training = {m: m.training for m in model.modules()}
-    try:
+    with keeping_modes(model):
         training = _symbolic_trace(model.train())
         traced = _symbolic_trace(model.eval())
         _check_same(training.graph, traced.graph)
@@ -168,9 +174,6 @@ def trace(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> Trace
                 f"the model does not run on the example input: {error}"
             ) from error
         return TracedModel(traced, nodes, meter.values, meter.flops)
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
 
 
 def _symbolic_trace(model: nn.Module) -> fx.GraphModule:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flwr_clicooper.split.batches import BatchPlan, Position, derive_seed
-from flwr_clicooper.split.segment import Loss, seeded, step_optimizer
+from flwr_clicooper.split.modules import seeded
+from flwr_clicooper.split.segment import Loss, step_optimizer
 from flwr_clicooper.split.specs import Tensors, as_tensors
 
 Fetch = Callable[[Position], tuple[Tensors, Tensor]]
@@ -28,7 +29,7 @@ class Chain(nn.Sequential):
         """Return what the last segment gives for the head's inputs."""
         value: Any = inputs
         for segment in self:
-            value = segment(*value) if isinstance(value, tuple) else segment(value)
+            value = segment(*value) if isinstance(value, (tuple, list)) else segment(value)
         return value
 
 

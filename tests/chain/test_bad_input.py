@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterable
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from flwr_clicooper import CooperError, CooperStrategy, LocalGrid, SplitTask, cooper_client
+from flwr_clicooper.chain.serve import CACHE
 from flwr_clicooper.chain.tensors import encode_tensor
 from tests.tasks import LinearTask, nodes
+from tests.test_exactness import ForgetfulGrid
 
 SECRET = 48151623
 
@@ -134,6 +137,43 @@ class OnlyHead(LinearTask):
         return [nn.Linear(4, 3)]
 
 
+class TwoOutputs(LinearTask):
+    def segments(self, config: Any) -> list[nn.Module]:
+        class Twice(nn.Linear):
+            def forward(self, x: Tensor) -> Any:
+                return super().forward(x), super().forward(x)
+
+        return [nn.Linear(4, 8), nn.Linear(8, 8), Twice(8, 3)]
+
+
+class Spectrum(LinearTask):
+    def segments(self, config: Any) -> list[nn.Module]:
+        class Transform(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.fft.rfft(x)
+
+        return [nn.Linear(4, 8), Transform(), nn.Linear(5, 3)]
+
+
+class ExtraState(LinearTask):
+    def segments(self, config: Any) -> list[nn.Module]:
+        class Extra(nn.Linear):
+            def get_extra_state(self) -> Any:
+                return {"a": 1}
+
+            def set_extra_state(self, state: Any) -> None:
+                pass
+
+        return [nn.Linear(4, 8), Extra(8, 8), nn.Linear(8, 3)]
+
+
+class Normalised(LinearTask):
+    """BatchNorm cannot train on one record: 96 records, batches of 19, leave one."""
+
+    def segments(self, config: Any) -> list[nn.Module]:
+        return [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)]
+
+
 class OtherOnTrainers(LinearTask):
     """A trainer whose code differs from the owner's: a wider second segment."""
 
@@ -156,12 +196,20 @@ class OtherOnTrainers(LinearTask):
         (Dictionary(), ["segment 1", "dict", "tuple of tensors"]),
         (Shared(), ["segment 1", "segment 2", "share a tensor"]),
         (NoModule(), ["segment 1", "str", "not an nn.Module"]),
+        (TwoOutputs(), ["float32[3] and float32[3]", "the loss takes one tensor"]),
+        (Spectrum(), ["segment 1 returns complex64", "float32"]),
+        (ExtraState(), ["segment 1", "'_extra_state'", "not a tensor"]),
         (OnlyHead(), ["gives 1 segments", "at least 2"]),
         (OtherOnTrainers(), ["segment 1 gives float32[7] on trainer 1", "float32[8]"]),
     ],
 )
 def test_segments(task: SplitTask, parts: list[str], tmp_path: Path) -> None:
     refused(tmp_path, *parts, task=task)
+
+
+def test_batchnorm_on_a_single_record_is_found_at_setup(tmp_path: Path) -> None:
+    parts = ["trainer 1", "train.setup", "cannot train on 1 records", "batch-size 19"]
+    refused(tmp_path, *parts, "BatchNorm1d", task=Normalised(2), batch_size=19)
 
 
 def test_too_few_segments_for_the_u_shape(tmp_path: Path) -> None:
@@ -183,6 +231,14 @@ X, Y = torch.randn(64, 4), torch.arange(64) % 3
 NO_LENGTH: Any = type("Stream", (Dataset,), {"__getitem__": lambda self, i: (X[i], Y[i])})()
 
 
+class Moody(LinearTask):
+    """Gives other data each time."""
+
+    def datasets(self, config: Any) -> Any:
+        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(time.time_ns() % 2**40))
+        return TensorDataset(x, Y), TensorDataset(x, Y)
+
+
 class NoPairs(LinearTask):
     def datasets(self, config: Any) -> Any:
         return [X[0]] * 8, [X[0]] * 8
@@ -200,6 +256,7 @@ class NoLength(LinearTask):
         (data(X[:0], Y[:0]), ["training set is empty"]),
         (data(X, Y, (X[:0], Y[:0])), ["held-out set is empty"]),
         (data(X, torch.where(Y == 2, SECRET, Y)), ["out of range", "3 outputs", "0 to 2"]),
+        (data(X, Y, (X[:, :3], Y)), ["held-out set gives float32[3]", "float32[4]"]),
         (data(X, Y - 1), ["training set is out of range", "0 to 2"]),
         (data(X, Y.float()), ["labels are float32", "integer class index"]),
         (data(X, Y.reshape(32, 2).repeat(2, 1)), ["labels are int64[1, 2]", "integer class"]),
@@ -212,9 +269,12 @@ class NoLength(LinearTask):
     ],
 )
 def test_data(task: SplitTask, parts: list[str], release: str, tmp_path: Path) -> None:
-    refused(tmp_path, "owner (node 101)", *parts, task=task, release=release) if not any(
-        "NaN" in part for part in parts
-    ) else refused(tmp_path, *parts, task=task, release=release)
+    refused(tmp_path, "owner (node 101)", *parts, task=task, release=release)
+
+
+def test_data_that_are_others_in_another_process(tmp_path: Path) -> None:
+    parts = ["owner (node 101)", "other data in this process"]
+    refused(tmp_path, *parts, task=Moody(2), grid_class=ForgetfulGrid)
 
 
 # -- what goes wrong in training -----------------------------------------------------
@@ -280,6 +340,15 @@ def test_values_that_are_not_finite(task: SplitTask, parts: list[str], tmp_path:
     refused(tmp_path, *parts, task=task)
 
 
+def test_weights_that_are_not_finite_are_not_delivered(tmp_path: Path) -> None:
+    class Late(LinearTask):
+        def lr_factor(self, progress: float, config: Any) -> float:
+            return 1.0 if progress < 0.6 else float("inf")
+
+    parts = ["owner", "segment 1 of trainer 1", "NaN or infinite in"]
+    refused(tmp_path, *parts, task=Late(2))
+
+
 def raising(place: str) -> SplitTask:
     def fail(*_: Any) -> Any:
         raise ValueError(f"patient {SECRET}")
@@ -293,7 +362,8 @@ def raising(place: str) -> SplitTask:
         ("segments", "node 101"),
         ("datasets", "owner (node 101)"),
         ("optimizer", "trainer 1 (node 102)"),
-        ("loss", "trainer 2 (node 103)"),
+        ("loss", "owner (node 101)"),
+        ("correct", "owner (node 101)"),
         ("lr_factor", "trainer 2 (node 103)"),
     ],
 )
@@ -416,6 +486,44 @@ def test_a_mod_that_raises_is_named(tmp_path: Path) -> None:
     refused(tmp_path, "trainer 1 (node 102)", "the mod says no", mods=[mod])
 
 
+def test_the_text_of_a_mods_exception_stays_with_the_client(tmp_path: Path) -> None:
+    def mod(message: Message, context: Context, call_next: Any) -> Message:
+        if message.metadata.message_type == "train.backward":
+            raise ValueError(f"patient {SECRET}")
+        return call_next(message, context)
+
+    refused(tmp_path, "trainer 1 (node 102)", "ValueError at test_bad_input.py", mods=[mod])
+
+
+@pytest.mark.parametrize(
+    ("action", "who", "what"),
+    [
+        ("query.hello", "node 101", "no 'clicooper' record"),
+        ("train.setup", "owner (node 101)", "no 'clicooper' record"),
+        ("train.forward", "trainer 1 (node 102)", "no 'clicooper' record"),
+    ],
+)
+def test_a_reply_without_header_is_named(
+    action: str, who: str, what: str, tmp_path: Path
+) -> None:
+    def mod(message: Message, context: Context, call_next: Any) -> Message:
+        reply = call_next(message, context)
+        if message.metadata.message_type == action:
+            del reply.content["clicooper"]
+        return reply
+
+    refused(tmp_path, who, what, mods=[mod])
+
+
+def test_a_reply_without_a_field_is_named(tmp_path: Path) -> None:
+    def mod(message: Message, context: Context, call_next: Any) -> Message:
+        reply = call_next(message, context)
+        reply.content["clicooper"].pop("loss", None)
+        return reply
+
+    refused(tmp_path, "trainer 2 (node 103)", "'loss' is missing", mods=[mod])
+
+
 def test_a_mod_that_swallows_a_record_is_named(tmp_path: Path) -> None:
     def mod(message: Message, context: Context, call_next: Any) -> Message:
         reply = call_next(message, context)
@@ -438,6 +546,72 @@ def test_a_client_that_answers_late(tmp_path: Path) -> None:
         return call_next(message, context)
 
     refused(tmp_path, "trainer 1", "did not answer train.backward", mods=[slow], timeout=0.5)
+
+
+class ThreadedGrid(LocalGrid):
+    """Serves each message in a thread, as Flower does: nodes work at the same time."""
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            self._count += 1
+            message_id = f"threaded-{self._count}"
+            message.metadata.__dict__["_message_id"] = message_id
+            message.metadata.__dict__["_run_id"] = self.run.run_id
+            threading.Thread(target=self._work, args=(message_id, message)).start()
+            ids.append(message_id)
+        return ids
+
+    def _work(self, message_id: str, message: Message) -> None:
+        self._replies[message_id] = self._serve(message)
+
+
+def test_a_late_client_does_not_bring_its_deleted_state_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flwr_clicooper.chain.phases._GOODBYE", 0.2)
+    finished = threading.Event()
+
+    class Slow(LinearTask):
+        def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+            if outputs.requires_grad:
+                time.sleep(1.5)
+                finished.set()
+            return super().loss(outputs, labels)
+
+    class Mailbox(ThreadedGrid):
+        warm = False
+
+    parts = ["trainer 2 (node 103)", "did not answer train.forward"]
+    refused(tmp_path, *parts, task=Slow(2), grid_class=Mailbox, timeout=0.5)
+    assert finished.wait(5)
+    time.sleep(0.5)
+    assert not list(tmp_path.rglob("node-*"))
+    assert not CACHE._workers
+
+
+def test_each_client_has_the_whole_timeout_for_itself(tmp_path: Path) -> None:
+    def slow(message: Message, context: Context, call_next: Any) -> Message:
+        if message.metadata.message_type == "train.close_round":
+            time.sleep(0.4)
+        return call_next(message, context)
+
+    start(tmp_path, mods=[slow], timeout=0.7)
+
+
+def test_a_mute_node_that_is_not_needed_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flwr_clicooper.chain.roster._GRACE", 0.2)
+
+    class Mute(LocalGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            replies = super().pull_messages(message_ids)
+            return [r for r in replies if r.metadata.src_node_id != 104]
+
+    started = time.monotonic()
+    start(tmp_path, node_configs=nodes(2, 1), grid_class=Mute, timeout=20)
+    assert time.monotonic() - started < 10
 
 
 class LossyGrid(LocalGrid):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
@@ -17,6 +19,7 @@ from flwr_clicooper import CooperStrategy, LocalGrid, SplitTask, cooper_client, 
 from flwr_clicooper.chain.serve import CACHE
 from flwr_clicooper.errors import CooperError, DeliveryError, OptionError
 from tests.tasks import LinearTask, nodes, run_local, step_losses
+from tests.test_exactness import ForgetfulGrid
 
 
 class Wire:
@@ -188,7 +191,8 @@ def test_without_shuffle_the_order_is_the_data_sets(tmp_path: Path) -> None:
         seen: list[Tensor] = []
 
         def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-            self.seen.append(labels)
+            if outputs.requires_grad:
+                self.seen.append(labels)
             return outputs.square().mean()
 
     task = Noting(1)
@@ -243,7 +247,7 @@ def test_initial_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_rounds": 0}, "num_rounds is 0"),
+        ({"num_rounds": 0}, "'num-rounds' is 0"),
         ({"train_config": ConfigRecord({"lr": 0.1})}, "train_config"),
         ({"evaluate_fn": lambda r, a: MetricRecord()}, "the relay has no model"),
     ],
@@ -257,25 +261,101 @@ def test_arguments_of_start_that_mean_nothing_are_refused(
         CooperStrategy.from_config(config).start(grid, **arguments)
 
 
-def test_a_doubled_message_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    """The relay's message reaches a trainer twice; the second answer is an error."""
-    answers = []
+def repeating(action: str, answers: list[Any]) -> type[LocalGrid]:
+    """A grid on which messages of one action arrive twice."""
 
-    def twice(message: Message, context: Context, call_next: Any) -> Message:
-        reply = call_next(message, context)
-        if message.metadata.message_type == "train.forward":
-            answers.append(call_next(message, context).content["clicooper"])
-        return reply
+    class Repeating(LocalGrid):
+        def _serve(self, message: Message) -> Message:
+            reply = super()._serve(message)
+            if message.metadata.message_type == action:
+                answers.append(super()._serve(message).content["clicooper"])
+            return reply
 
-    config = {"release": "clean", "num-rounds": 1, "batch-size": 16, "run-dir": str(tmp_path)}
-    grid = LocalGrid(cooper_client(LinearTask(2), mods=[twice]), nodes(2), config)
-    doubled = CooperStrategy.from_config(config).start(grid)
-    assert len(answers) == 12
-    assert all("late or doubled" in a["error"] for a in answers)
+    return Repeating
+
+
+@pytest.mark.parametrize(
+    ("action", "count", "reason"),
+    [
+        ("train.setup", 3, "the state of this run already"),
+        ("train.upload", 2, "late or doubled"),
+        ("train.forward", 12, "late or doubled"),
+        ("train.backward", 6, "late or doubled"),
+    ],
+)
+def test_a_doubled_message_is_refused_and_changes_nothing(
+    action: str, count: int, reason: str, tmp_path: Path
+) -> None:
+    answers: list[Any] = []
+    doubled = run_local(LinearTask(2), 2, tmp_path, repeating(action, answers))
+    assert len(answers) == count
+    assert all(reason in a["error"] for a in answers)
     plain = run_local(LinearTask(2), 2, tmp_path)
     assert doubled.run_dir
     assert plain.run_dir
     assert step_losses(doubled.run_dir) == step_losses(plain.run_dir)
+
+
+def test_options_of_relay_and_parties_must_agree(tmp_path: Path) -> None:
+    config = {"release": "clean", "num-rounds": 1, "run-dir": str(tmp_path)}
+    grid = LocalGrid(cooper_client(LinearTask(2)), nodes(2), config | {"microbatches": 4})
+    with pytest.raises(CooperError, match=r"owner .*'microbatches' is 1 on the relay and 4"):
+        CooperStrategy.from_config(config).start(grid)
+
+
+def test_one_grid_serves_one_run(tmp_path: Path) -> None:
+    config = {"release": "clean", "num-rounds": 1, "run-dir": str(tmp_path)}
+    grid = LocalGrid(cooper_client(LinearTask(1)), nodes(1), config)
+    first = CooperStrategy.from_config(config).start(grid)
+    assert first.run_dir
+    before = {p: p.read_bytes() for p in first.run_dir.iterdir()}
+    with pytest.raises(OptionError, match="holds a run already"):
+        CooperStrategy.from_config(config).start(grid)
+    assert {p: p.read_bytes() for p in first.run_dir.iterdir()} == before
+
+
+def test_a_party_that_cannot_clean_up_does_not_spoil_a_delivered_run(tmp_path: Path) -> None:
+    def mod(message: Message, context: Context, call_next: Any) -> Message:
+        if message.metadata.message_type == "train.finish" and context.node_id == FIRST:
+            raise OSError("disk gone")
+        return call_next(message, context)
+
+    config = {"release": "clean", "num-rounds": 1, "run-dir": str(tmp_path)}
+    grid = LocalGrid(cooper_client(LinearTask(2), mods=[mod]), nodes(2), config)
+    result = CooperStrategy.from_config(config).start(grid)
+    assert result.run_dir
+    record = tomllib.loads((result.run_dir / "run.toml").read_text())["run"]
+    assert record["status"] == "completed"
+    assert (result.run_dir / "model.safetensors").exists()
+    CACHE.clear()
+
+
+def test_run_toml_has_what_is_needed_to_repeat_the_run(tmp_path: Path) -> None:
+    config = {"release": "clean", "task.width": 7, "run-dir": str(tmp_path)}
+    grid = LocalGrid(cooper_client(LinearTask(1)), nodes(1), config)
+    result = CooperStrategy.from_config(config).start(grid, num_rounds=1, timeout=5.0)
+    assert result.run_dir
+    record = tomllib.loads((result.run_dir / "run.toml").read_text())
+    assert record["options"]["num-rounds"] == 1
+    assert record["options"]["timeout"] == 5.0
+    assert record["options"]["task.width"] == 7
+    assert set(record["versions"]) >= {"torch", "flwr", "python", "numpy"}
+
+
+def test_the_head_never_gets_more_than_a_batch_at_once(tmp_path: Path) -> None:
+    sizes = []
+
+    class Head(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            sizes.append(len(x))
+            return super().forward(x)
+
+    class Task(LinearTask):
+        def segments(self, config: Any) -> list[nn.Module]:
+            return [Head(4, 8), *super().segments(config)[1:]]
+
+    run(tmp_path, Task(2), batch_size=20)
+    assert max(sizes) == 20
 
 
 # -- other tasks ----------------------------------------------------------------------
@@ -364,6 +444,94 @@ def test_segmentation_labels_with_the_default_loss(tmp_path: Path) -> None:
 
     result = run_local(Dense(), 1, tmp_path, num_rounds=20, learning_rate=0.5)
     assert result.evaluate_metrics_clientapp[20]["accuracy"] > 0.9
+
+
+def test_class_probabilities_as_labels(tmp_path: Path) -> None:
+    class Soft(LinearTask):
+        def datasets(self, config: Any) -> Any:
+            hard = super().datasets(config)
+            soft = [(d.tensors[0], nn.functional.one_hot(d.tensors[1]).float()) for d in hard]
+            return tuple(TensorDataset(x, y * 0.8 + 0.1) for x, y in soft)
+
+    options: dict[str, Any] = {"num_rounds": 15, "learning_rate": 0.3}
+    result = run_local(Soft(2), 2, tmp_path, **options)
+    assert result.evaluate_metrics_clientapp[15]["accuracy"] > 0.8
+
+
+def test_a_segment_may_return_a_list_and_tie_its_own_weights(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [torch.tanh(self.b(torch.tanh(self.a(x))))]
+
+    class Task(LinearTask):
+        def segments(self, config: Any) -> list[nn.Module]:
+            return [nn.Linear(4, 8), Tied(), nn.Linear(8, 3)]
+
+    task = Task(2)
+    plain, forgetful = (
+        run_local(task, 2, tmp_path, grid, release="interactive", microbatches=2)
+        for grid in (LocalGrid, ForgetfulGrid)
+    )
+    assert plain.run_dir
+    assert forgetful.run_dir
+    assert step_losses(plain.run_dir) == pytest.approx(step_losses(forgetful.run_dir))
+    model = load_delivered(forgetful.run_dir, task)
+    assert model[1].a.weight is model[1].b.weight
+
+
+def test_buffers_that_are_not_in_the_state_dict_survive_a_new_process(tmp_path: Path) -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.count += 1
+            return x * (1 + self.count / 10)
+
+    class Task(LinearTask):
+        def segments(self, config: Any) -> list[nn.Module]:
+            head, middle, last = super().segments(config)
+            return [head, nn.Sequential(middle, Counter()), last]
+
+    runs = [run_local(Task(2), 2, tmp_path, grid) for grid in (LocalGrid, ForgetfulGrid)]
+    plain, forgetful = (step_losses(r.run_dir) for r in runs if r.run_dir)
+    assert plain == pytest.approx(forgetful, abs=1e-6)
+
+
+@pytest.mark.parametrize("release", ["clean", "interactive"])
+def test_numpy_and_python_randomness_in_a_data_set_is_the_runs(
+    release: str, tmp_path: Path
+) -> None:
+    class Augmented(torch.utils.data.Dataset[Any]):
+        def __init__(self, x: Tensor, y: Tensor) -> None:
+            self.x, self.y = x, y
+
+        def __len__(self) -> int:
+            return len(self.x)
+
+        def __getitem__(self, i: int) -> Any:
+            noise = np.random.randn() + random.random() + torch.randn(()).item()
+            return self.x[i] + 0.1 * noise, self.y[i]
+
+    class Task(LinearTask):
+        def datasets(self, config: Any) -> Any:
+            x, y = self.data(96, 0)
+            order = np.random.permutation(96)
+            return Augmented(x[order], y[order]), TensorDataset(x, y)
+
+    runs = [
+        run_local(Task(2), 2, tmp_path, grid, release=release)
+        for grid in (LocalGrid, ForgetfulGrid)
+    ]
+    plain, forgetful = (step_losses(r.run_dir) for r in runs if r.run_dir)
+    assert plain == pytest.approx(forgetful, abs=1e-6)
 
 
 # -- loading ---------------------------------------------------------------------------

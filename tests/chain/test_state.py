@@ -17,6 +17,7 @@ A, B = {"x": torch.arange(3.0)}, {"y": torch.ones(2, dtype=torch.bfloat16)}
 
 def stored(folder: Path) -> StateStore:
     store = StateStore(folder)
+    store.create()
     store.commit(1, {"a": A, "b": B}, {"n": 5}, durable=True)
     return store
 

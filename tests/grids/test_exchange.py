@@ -44,14 +44,14 @@ def hellos(of: LocalGrid) -> list[Message]:
 
 def test_replies_come_in_the_order_of_the_messages() -> None:
     slow = grid(3, SlowGrid)
-    replies = exchange(slow, hellos(slow), timeout=5, poll=0.01)
+    replies = exchange(slow, hellos(slow), timeout=5, interval=0.01)
     assert [r.metadata.src_node_id for r in replies] == list(slow.get_node_ids())
 
 
 def test_a_reply_that_is_there_is_taken_without_sleeping() -> None:
     local = grid(2)
     started = time.perf_counter()
-    exchange(local, hellos(local), timeout=5, poll=10)
+    exchange(local, hellos(local), timeout=5, interval=10)
     assert time.perf_counter() - started < 5
 
 
@@ -66,7 +66,7 @@ def test_a_node_that_does_not_answer_is_called_by_its_name() -> None:
             return []
 
     silent = grid(1, Silent)
-    flight = Exchange(silent, timeout=0.05, poll=0.01, names={101: "trainer 1"})
+    flight = Exchange(silent, timeout=0.05, interval=0.01, names={101: "trainer 1"})
     flight.push(hellos(silent)[0])
     with pytest.raises(
         ClientTimeoutError, match=r"trainer 1 did not answer query\.hello .*0\.05 s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -47,6 +48,23 @@ def test_exact_with_two_actors_and_nodes_that_move_between_them(tmp_path: Path) 
     task = ConvTask()
     losses, weights = reference(task, "interactive", microbatches=4)
     check(run, task, losses, weights)
+
+
+def test_the_quickstart_learns_and_equals_one_process(tmp_path: Path) -> None:
+    done, run = simulate(tmp_path, 4, 2, "num-rounds=1", app="examples/quickstart")
+    assert done.returncode == 0, done.stdout + done.stderr
+    code = (
+        "import sys, tomllib; sys.path[:0] = ['.', 'examples/quickstart']\n"
+        "from quickstart.task import FashionTask\n"
+        "from examples.unsplit import train_task_unsplit\n"
+        "config = tomllib.load(open(sys.argv[1], 'rb'))['options']\n"
+        "print(train_task_unsplit(FashionTask(), config)[2])"
+    )
+    command = [sys.executable, "-c", code, str(run / "run.toml")]
+    alone = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["accuracy"] > 0.6
+    assert abs(line["accuracy"] - float(alone.stdout)) <= 0.005
 
 
 def test_a_run_that_fails_says_so_and_leaves_no_process_behind(tmp_path: Path) -> None:

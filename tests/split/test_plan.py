@@ -130,6 +130,39 @@ def test_cuts_where_something_that_is_no_batch_would_cross_are_not_offered() -> 
         split_model(Sized(), ["a"], example_input=torch.zeros(2, 4))
 
 
+class Scaled(nn.Module):
+    """fx fetches ``scale`` before the first layer, though the last uses it."""
+
+    def __init__(self, both: bool = False) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("shift", torch.ones(4))
+        self.scale = nn.Parameter(torch.full((4,), 3.0))
+        self.both = both
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.both:
+            x = x + self.shift
+        return self.scale * self.b(self.a(x)) + self.shift
+
+
+def test_a_parameter_belongs_to_the_segment_that_uses_it() -> None:
+    x = torch.randn(3, 4)
+    model = Scaled()
+    (after_a, *_) = SplitPlan(model, x).possible_cuts()
+    assert (after_a.layer, after_a.parameters) == ("a", (20, 24))
+    plan = split_model(model, ["a"], example_input=x)
+    assert torch.equal(Chain(*plan)(x), model(x))
+    assert sorted(plan[1].state_dict()) == ["b.bias", "b.weight", "scale", "shift"]
+
+
+def test_cuts_with_a_buffer_on_both_sides_are_not_offered() -> None:
+    model = Scaled(both=True)
+    assert SplitPlan(model, torch.zeros(2, 4)).possible_cuts() == []
+    with pytest.raises(SplitError, match="share a tensor"):
+        split_model(model, ["a"], example_input=torch.zeros(2, 4))
+
+
 def equal_layers(count: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(8, 8) for _ in range(count)))
 
