@@ -99,8 +99,7 @@ class Relay:
             A client did not answer in time.
         """
         found: list[tuple[str, Header, Records]] = []
-        for reply in self.exchange.pull():
-            node_id = reply.metadata.src_node_id
+        for message_id, node_id, reply in self.exchange.pull():
             self.busy.discard(node_id)
             header = check_answer(reply, self.names[node_id])
             self._versions[node_id] = header.optional("version", self._versions[node_id])
@@ -108,7 +107,7 @@ class Relay:
                 "seconds", 0.0
             )
             records = dict(reply.content.array_records)
-            found.append((reply.metadata.reply_to_message_id, header, records))
+            found.append((message_id, header, records))
         return found
 
     def ask(

@@ -132,8 +132,7 @@ def discover(grid: Grid, timeout: float, say: Callable[[str], None]) -> Roster:
         for node_id in set(grid.get_node_ids()) - asked:
             asked.add(node_id)
             flight.push(instruction(Action.HELLO, node_id, {}, ttl=timeout))
-        for reply in flight.poll():
-            node_id = reply.metadata.src_node_id
+        for _, node_id, reply in flight.poll():
             roster.add(node_id, check_answer(reply, f"node {node_id}"))
         now, missing = time.monotonic(), roster.missing()
         if missing:

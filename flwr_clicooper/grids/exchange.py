@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -24,6 +25,17 @@ class _Pending:
     node_id: int
     message_type: str
     deadline: float
+
+
+class Arrival(NamedTuple):
+    """A reply, and the node that was asked.
+
+    Flower's own error replies do not say which node they speak for.
+    """
+
+    message_id: str
+    node_id: int
+    reply: Message
 
 
 class Exchange:
@@ -80,16 +92,19 @@ class Exchange:
         self._pending[ids[0]] = _Pending(node_id, kind, now + self.timeout)
         return ids[0]
 
-    def poll(self) -> list[Message]:
+    def poll(self) -> list[Arrival]:
         """Return the replies that are there, without waiting."""
         if not self._pending:
             return []
-        replies = list(self.grid.pull_messages(list(self._pending)))
-        for reply in replies:
-            del self._pending[reply.metadata.reply_to_message_id]
-        return replies
+        found = []
+        for reply in self.grid.pull_messages(list(self._pending)):
+            message_id = reply.metadata.reply_to_message_id
+            pending = self._pending.pop(message_id, None)
+            if pending is not None:
+                found.append(Arrival(message_id, pending.node_id, reply))
+        return found
 
-    def pull(self) -> list[Message]:
+    def pull(self) -> list[Arrival]:
         """Wait for at least one reply; return all that are there.
 
         Raises
@@ -98,8 +113,8 @@ class Exchange:
             A node did not answer in time; its late answer is not used.
         """
         while self._pending:
-            if replies := self.poll():
-                return replies
+            if arrivals := self.poll():
+                return arrivals
             now = time.monotonic()
             for pending in self._pending.values():
                 if now > pending.deadline:
@@ -147,6 +162,6 @@ def exchange(
     ids = [flight.push(message) for message in messages]
     replies: dict[str, Message] = {}
     while len(flight):
-        for reply in flight.pull():
-            replies[reply.metadata.reply_to_message_id] = reply
+        for arrival in flight.pull():
+            replies[arrival.message_id] = arrival.reply
     return [replies[i] for i in ids]

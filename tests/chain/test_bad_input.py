@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import ArrayRecord, Context, Error, Message
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -612,6 +612,20 @@ def test_a_mute_node_that_is_not_needed_is_not_waited_for(
     started = time.monotonic()
     start(tmp_path, node_configs=nodes(2, 1), grid_class=Mute, timeout=20)
     assert time.monotonic() - started < 10
+
+
+def test_an_error_of_flower_itself_is_given_to_the_node_that_was_asked(tmp_path: Path) -> None:
+    class Expiring(LocalGrid):
+        """As Flower's grids, answers for a node with an error from the SuperLink."""
+
+        def _serve(self, message: Message) -> Message:
+            if message.metadata.message_type != "train.forward":
+                return super()._serve(message)
+            reply = Message(Error(code=201, reason="expired"), reply_to=message)
+            reply.metadata.__dict__["_src_node_id"] = 1
+            return reply
+
+    refused(tmp_path, "trainer 1 (node 102)", "expired", grid_class=Expiring)
 
 
 class LossyGrid(LocalGrid):
