@@ -35,9 +35,16 @@ def main() -> int:
     parser.add_argument("app", type=Path, help="folder of the Flower app")
     parser.add_argument("--nodes", type=int, required=True, help="simulated nodes")
     parser.add_argument("--cpus", type=int, default=2, help="CPUs per simulated node")
+    parser.add_argument("--actors", type=int, default=0, help="Ray actors, default --nodes")
     parser.add_argument("-c", "--run-config", default="", help="overrides, as in flwr run")
     arguments = parser.parse_args()
-    run = simulate(arguments.app, arguments.nodes, arguments.run_config, arguments.cpus)
+    run = simulate(
+        arguments.app,
+        arguments.nodes,
+        arguments.run_config,
+        arguments.cpus,
+        arguments.actors,
+    )
     if run["status"] != "finished:completed":
         details = run.get("status-details", "")
         print(f"The run failed: {run['status']} {details}", file=sys.stderr)
@@ -45,7 +52,9 @@ def main() -> int:
     return 0
 
 
-def simulate(app: Path, nodes: int, run_config: str = "", cpus: int = 2) -> dict[str, Any]:
+def simulate(
+    app: Path, nodes: int, run_config: str = "", cpus: int = 2, actors: int = 0
+) -> dict[str, Any]:
     """Run an app in simulation with its log on standard output.
 
     Parameters
@@ -57,7 +66,9 @@ def simulate(app: Path, nodes: int, run_config: str = "", cpus: int = 2) -> dict
     run_config : str
         Overrides as ``flwr run -c`` takes them.
     cpus : int
-        CPUs per node; Ray starts as many actors as fit.
+        CPUs, and so threads, per node.
+    actors : int
+        Ray actors that serve the nodes; 0 for one per node.
 
     Returns
     -------
@@ -78,7 +89,11 @@ def simulate(app: Path, nodes: int, run_config: str = "", cpus: int = 2) -> dict
             "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
             "PYTHONWARNINGS": "ignore::FutureWarning",
         }
+        # Ray counts CPUs, it does not need them: one actor per node, so that all nodes can
+        # keep a live link at the same time.
+        count = (actors or nodes) * cpus
         resources = f"num-supernodes={nodes} client-resources-num-cpus={cpus}"
+        resources += f" init-args-num-cpus={count}"
         with _superlink(runtime, control, environment):
             command = ["flwr", "run", str(app), "--stream", "--federation-config", resources]
             command += ["-c", run_config] if run_config else []

@@ -45,3 +45,11 @@ class ClientTimeoutError(CooperError):
 
 class DeliveryError(CooperError):
     """A delivered segment or a saved model is not what it should be."""
+
+
+class FrameError(CooperError):
+    """Bytes on a live link are not a frame, are too large, or come from a stranger."""
+
+
+class LinkError(CooperError):
+    """A live link cannot be made, or broke and did not come back."""

@@ -94,6 +94,29 @@ class Options:
         0.05, _POSITIVE, "", "of the default optimizer (SGD, momentum 0.9)"
     )
     shuffle: bool = _option(True, _FLAG, "", "a new order of the records each round")
+    link: str = _option(
+        "live",
+        _choice("live", "mailbox"),
+        "",
+        "how messages travel: streams that the clients open to the relay, or Flower's own "
+        "messages; without a stream the run goes on by mailbox",
+    )
+    live_address: str = _option(
+        "127.0.0.1",
+        Rule("a host name or IP address", lambda v: isinstance(v, str) and bool(v)),
+        "",
+        "where clients dial the relay; any but a loopback address makes it listen on all "
+        "interfaces",
+    )
+    live_port: int = _option(
+        0,
+        Rule("an integer from 0 to 65535", lambda v: _is_int(v) and 0 <= v <= 65535),
+        "",
+        "port of the relay; 0 takes a free one",
+    )
+    live_insecure: bool = _option(
+        False, _FLAG, "", "streams without TLS: everything crosses the network in the clear"
+    )
     seed: int = _option(
         0, _SEED, "", "initial weights, order of records, dropout; it is public"
     )
@@ -166,8 +189,9 @@ class Options:
 
     def agreed(self) -> dict[str, Any]:
         """Return the options on which relay and parties must agree."""
-        local = ("num-rounds", "timeout", "run-dir", "data-dir")
-        return {k: v for k, v in self.as_config().items() if k not in local}
+        local = {"num-rounds", "timeout", "run-dir", "data-dir", "link"}
+        own = self.as_config().items()
+        return {k: v for k, v in own if k not in local and not k.startswith("live-")}
 
     @property
     def once(self) -> bool:

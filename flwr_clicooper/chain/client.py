@@ -10,9 +10,9 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.logger import log
 
-from flwr_clicooper.chain.messages import PROTOCOL, Action, answer, refusal
+from flwr_clicooper.chain.messages import PROTOCOL, Action, Header, answer, refusal
 from flwr_clicooper.chain.roles import OWNER, role_of
-from flwr_clicooper.options import task_config
+from flwr_clicooper.options import Options, task_config
 from flwr_clicooper.task import SplitTask
 
 
@@ -44,7 +44,8 @@ def cooper_client(task: SplitTask, mods: list[Mod] | None = None) -> ClientApp:
     for action in Action:
         category, name = action.value.split(".")
         register = {"query": app.query, "train": app.train, "evaluate": app.evaluate}
-        register[category](name)(_handler(task, action))
+        handle = _live(app) if action is Action.LIVE else _handler(task, action)
+        register[category](name)(handle)
     return app
 
 
@@ -55,6 +56,23 @@ def _handler(task: SplitTask, action: Action) -> Callable[[Message, Context], Me
         from flwr_clicooper.chain.serve import serve
 
         return serve(task, action, message, context)
+
+    return handle
+
+
+def _live(app: ClientApp) -> ClientAppCallable:
+    """Serve requests over a stream to the relay, by the same app with the same mods."""
+
+    def handle(message: Message, context: Context) -> Message:
+        from flwr_clicooper.grids.dial import Line
+
+        header = Header.of(message)
+        names = ("address", "certificate", "token")
+        invitation = {name: header.get(name, str) for name in names}
+        patience = Options.from_config(context.run_config).timeout
+        line = Line(invitation, context.node_id, patience)
+        served = line.serve(lambda request: app(message=request, context=context))
+        return answer(message, {"served": served})
 
     return handle
 

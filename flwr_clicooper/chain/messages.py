@@ -30,6 +30,7 @@ class Action(str, Enum):
     """Everything that the relay may ask of a client."""
 
     HELLO = "query.hello"
+    LIVE = "train.live"
     SETUP = "train.setup"
     RELEASE = "train.release"
     UPLOAD = "train.upload"

@@ -52,8 +52,7 @@ class ChainRun:
         self.owner = roster.owner
         self.trainers = [roster.trainers[stage] for stage in sorted(roster.trainers)]
         self.standbys = roster.standbys
-        names = {n: roster.name(n) for n in [self.owner, *self.trainers]}
-        self.relay = Relay(grid, names, options.timeout)
+        self.relay = Relay(grid, roster.names(), options.timeout)
         self.seats = self._seats()
         self.progress: StepProgress | None = None
 

@@ -143,7 +143,7 @@ class Relay:
         deadline = time.monotonic() + seconds
         while len(self.exchange) and time.monotonic() < deadline:
             if not self.exchange.poll():
-                time.sleep(self.exchange.interval)
+                self.exchange.wait(self.exchange.interval)
 
     def count(self, giver: int, taker: int, record: ArrayRecord) -> None:
         """Note that a record went from one party to another."""

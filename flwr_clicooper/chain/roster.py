@@ -98,6 +98,11 @@ class Roster:
                 )
             self.standbys.append(self.trainers.pop(stage))
 
+    def names(self) -> dict[int, str]:
+        """Return what people call the parties of the chain, the owner first."""
+        chain = [self.owner, *(self.trainers[stage] for stage in sorted(self.trainers))]
+        return {node_id: self.name(node_id) for node_id in chain}
+
     def name(self, node_id: int) -> str:
         """Return how people call a node."""
         if node_id == self.owner:

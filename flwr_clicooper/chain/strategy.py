@@ -14,12 +14,14 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from flwr_clicooper.chain.linking import link_up
 from flwr_clicooper.chain.phases import ChainRun
 from flwr_clicooper.chain.progress import size
 from flwr_clicooper.chain.roles import run_folder
 from flwr_clicooper.chain.roster import discover
 from flwr_clicooper.chain.rundir import RunFolder
 from flwr_clicooper.errors import CooperError, OptionError
+from flwr_clicooper.grids.live import LiveGrid
 from flwr_clicooper.options import TASK_PREFIX, Options
 
 
@@ -127,10 +129,12 @@ class CooperStrategy(Strategy):
         config = options.as_config()
         folder = RunFolder(run_folder(options, run_id), run_id, config | self.task_options)
         run: ChainRun | None = None
+        live: LiveGrid | None = None
         try:
             _log_options(config | self.task_options)
             roster = discover(grid, options.timeout, lambda text: log(INFO, text))
-            run = ChainRun(grid, options, roster, folder)
+            live = link_up(grid, options, roster.names())
+            run = ChainRun(live or grid, options, roster, folder)
             result = self._run(run, initial_arrays)
         except BaseException as error:
             reason = str(error) if isinstance(error, CooperError) else type(error).__name__
@@ -139,6 +143,9 @@ class CooperStrategy(Strategy):
             if run is not None:
                 run.abandon()
             raise
+        finally:
+            if live is not None:
+                live.close()
         folder.close("completed")
         return result
 

@@ -103,7 +103,7 @@ def decode_tensor(array: Array, what: str) -> Tensor:
     head = _npy_header(array.dtype, shape) if array.stype == NPY else b""
     count = math.prod(shape)
     expected = len(head) + count * dtype.itemsize
-    if len(array.data) != expected or not array.data.startswith(head):
+    if len(array.data) != expected or array.data[: len(head)] != head:
         raise MessageError(
             f"{what}: the {len(array.data)} bytes are not those of "
             f"{array.dtype}{list(shape)}, which are {expected}"

@@ -7,7 +7,7 @@ then every 50 ms.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,6 +64,7 @@ class Exchange:
         self.timeout = timeout
         self.interval = interval
         self.names = names or {}
+        self.wait: Callable[[float], None] = getattr(grid, "wait", time.sleep)
         self._pending: dict[str, _Pending] = {}
 
     def __len__(self) -> int:
@@ -119,7 +120,7 @@ class Exchange:
             for pending in self._pending.values():
                 if now > pending.deadline:
                     raise self._late(pending.node_id, pending.message_type)
-            time.sleep(self.interval)
+            self.wait(self.interval)
         return []
 
     @property
