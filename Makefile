@@ -26,7 +26,7 @@ test: $(INSTALLED)  ## All tests
 	$(BIN)/python -m pytest
 
 test-fast: $(INSTALLED)  ## Tests that start no Flower process
-	$(BIN)/python -m pytest -m 'not simulation'
+	$(BIN)/python -m pytest -m 'not simulation and not deployment'
 
 lint: $(INSTALLED)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -77,7 +78,7 @@ def simulate(
         run worked.
     """
     with tempfile.TemporaryDirectory(prefix="flwr-") as home:
-        runtime, control = _free_ports(2)
+        runtime, control = free_ports(2)
         environment = {
             **os.environ,
             "FLWR_HOME": home,
@@ -130,17 +131,28 @@ def _superlink(runtime: int, control: int, environment: dict[str, str]) -> Itera
             command, env=environment, stdout=output, stderr=output, start_new_session=True
         )
         try:
-            _wait_until_healthy(process, runtime, log)
+            wait_until_healthy(process, runtime, log)
             yield
         finally:
             _stop(process, environment["FLWR_HOME"])
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def wait_until_healthy(
+    process: subprocess.Popen[bytes], port: int, log: Path, ca: str | None = None
+) -> None:
+    """Wait for a SuperLink's HTTP API.
+
+    Raises
+    ------
+    RuntimeError
+        It ended, or did not answer within a minute; the text has the end of its log.
+    """
+    trust = ssl.create_default_context(cafile=ca) if ca else None
+    url = f"{'https' if ca else 'http'}://127.0.0.1:{port}/health"
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+            with urlopen(url, timeout=1, context=trust):
                 return
         except (URLError, OSError):
             time.sleep(0.1)
@@ -148,17 +160,21 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
 
 
 def _stop(process: subprocess.Popen[bytes], home: str) -> None:
-    """Stop the SuperLink, and what is left of its children after a short while.
-
-    Flower's workers and Ray's daemons have sessions of their own; all of them inherit
-    this run's FLWR_HOME, which no other process has.
-    """
     process.terminate()
     try:
         process.wait(STOP_TIMEOUT)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    stop_processes(home)
+
+
+def stop_processes(home: str) -> None:
+    """Wait for what Flower started with an FLWR_HOME, and end what does not end by itself.
+
+    Flower's workers and Ray's daemons have sessions of their own; all of them inherit
+    FLWR_HOME, which no process of another run has.
+    """
     deadline = time.monotonic() + STOP_TIMEOUT
     while (left := _processes_of(home)) and time.monotonic() < deadline:
         if time.monotonic() > deadline - STOP_TIMEOUT / 2:
@@ -178,7 +194,8 @@ def _processes_of(home: str) -> list[int]:
     return [pid for pid in found if pid != os.getpid()]
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Return ports of the loopback address that are free now."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:

@@ -21,7 +21,6 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto, recorddict_to_proto
 from flwr.common.serde_utils import error_to_proto, metadata_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
-from google.protobuf.message import DecodeError
 
 from flwr_clicooper.errors import FrameError
 
@@ -147,7 +146,7 @@ def decode(frame: Frame) -> Message:
     try:
         proto = ProtoMessage.FromString(bytes(frame.header))
         message = message_from_proto(proto)
-    except (DecodeError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # Flower's parser raises many kinds for damaged bytes
         raise FrameError("the header of a frame is not a Flower message") from error
     if message.has_error():
         return message

@@ -20,10 +20,11 @@ pytestmark = pytest.mark.simulation
 
 
 def simulate(
-    run_dir: Path, nodes: int, cpus: int, config: str = "", app: str = "tests/simulation/app"
+    run_dir: Path, nodes: int, actors: int, config: str, app: str = "tests/simulation/app"
 ) -> tuple[subprocess.CompletedProcess[str], Path]:
     command = [sys.executable, "examples/simulate.py", app, "--nodes", str(nodes)]
-    command += ["--cpus", str(cpus), "-c", f"run-dir='{run_dir}' {config}"]
+    command += ["--cpus", "1", "--actors", str(actors)]
+    command += ["-c", f"run-dir='{run_dir}' {config}"]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -38,7 +39,7 @@ def simulate(
 
 
 def test_exact_with_two_actors_and_nodes_that_move_between_them(tmp_path: Path) -> None:
-    done, run = simulate(tmp_path, nodes=3, cpus=1)
+    done, run = simulate(tmp_path, nodes=3, actors=2, config="link='mailbox'")
     assert done.returncode == 0, done.stdout + done.stderr
     processes = defaultdict(set)
     for line in (tmp_path / "processes").read_text().splitlines():
@@ -50,8 +51,24 @@ def test_exact_with_two_actors_and_nodes_that_move_between_them(tmp_path: Path) 
     check(run, task, losses, weights)
 
 
+def test_exact_over_live_links(tmp_path: Path) -> None:
+    done, run = simulate(tmp_path, nodes=3, actors=3, config="link='live'")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Live links to all parties at 127.0.0.1" in done.stdout
+    task = ConvTask()
+    check(run, task, *reference(task, "interactive", microbatches=4))
+
+
+def test_too_few_actors_for_live_links_go_on_by_mailbox(tmp_path: Path) -> None:
+    config = "link='live' release='clean' num-rounds=1 microbatches=1 batch-size=32"
+    done, _ = simulate(tmp_path, nodes=3, actors=1, config=config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("going on by mailbox") == 1
+    assert "did not dial within" in done.stdout
+
+
 def test_the_quickstart_learns_and_equals_one_process(tmp_path: Path) -> None:
-    done, run = simulate(tmp_path, 4, 2, "num-rounds=1", app="examples/quickstart")
+    done, run = simulate(tmp_path, 4, 4, "num-rounds=1", app="examples/quickstart")
     assert done.returncode == 0, done.stdout + done.stderr
     code = (
         "import sys, tomllib; sys.path[:0] = ['.', 'examples/quickstart']\n"
@@ -69,7 +86,7 @@ def test_the_quickstart_learns_and_equals_one_process(tmp_path: Path) -> None:
 
 def test_a_run_that_fails_says_so_and_leaves_no_process_behind(tmp_path: Path) -> None:
     before = flower_processes()
-    done, run = simulate(tmp_path, nodes=3, cpus=2, config="task.fail='yes'")
+    done, run = simulate(tmp_path, nodes=3, actors=3, config="task.fail='yes'")
     assert done.returncode == 1
     assert "The run failed" in done.stderr
     record = tomllib.loads((run / "run.toml").read_text())["run"]
