@@ -33,8 +33,9 @@ lint: $(INSTALLED)  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## Step time, messages and bytes: LocalGrid, simulation, one process
+bench: $(INSTALLED)  ## Step time of a chain and time per message, by grid; writes benchmarks/results
 	$(BIN)/python benchmarks/chain.py
+	$(BIN)/python benchmarks/links.py
 
 clean:  ## Remove the virtual environment, caches and runs
 	rm -rf $(VENV) runs .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

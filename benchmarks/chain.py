@@ -1,7 +1,7 @@
 """Step time, messages and bytes per step of the quickstart's chain.
 
 The same model and the same batches in one process, over a LocalGrid, and in a Flower
-simulation (mailbox), 3 trainers, one after the other on the same machine.
+simulation (mailbox and live links), 3 trainers, one after the other on the same machine.
 
     python benchmarks/chain.py [--steps 40]
 """
@@ -54,7 +54,7 @@ def main() -> None:
         rows.append(one_process(release))
         for microbatches in (1, 4):
             rows.append(local(release, microbatches))
-        rows.append(simulation(release))
+        rows += [simulation(release, link) for link in ("mailbox", "live")]
     show(rows)
     path = save("chain", {"seed": 0, "steps": steps, "batch-size": BATCH, "rows": rows})
     print(f"raw output: {path.relative_to(ROOT)}")
@@ -92,13 +92,13 @@ def local(release: str, microbatches: int) -> dict[str, Any]:
         return measured("LocalGrid", release, microbatches, Path(run_dir))
 
 
-def simulation(release: str) -> dict[str, Any]:
+def simulation(release: str, link: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as run_dir:
-        config = f"release='{release}' num-rounds=1 run-dir='{run_dir}'"
+        config = f"release='{release}' link='{link}' num-rounds=1 run-dir='{run_dir}'"
         run = simulate(ROOT / "examples" / "quickstart", TRAINERS + 1, config)
         if run["status"] != "finished:completed":
             raise RuntimeError(f"the simulation ended as {run['status']}")
-        return measured("simulation", release, 1, Path(run_dir))
+        return measured(f"simulation, {link}", release, 1, Path(run_dir))
 
 
 def measured(where: str, release: str, microbatches: int, run_dir: Path) -> dict[str, Any]:
