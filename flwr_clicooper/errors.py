@@ -36,11 +36,18 @@ class StateError(CooperError):
 
 
 class ClientError(CooperError):
-    """A client answered with an error; the text names the client and its reason."""
+    """A client answered with an error; the text names the client and its reason.
+
+    ``node_id`` is the client, or 0 where it is not known.
+    """
+
+    def __init__(self, text: str, node_id: int = 0) -> None:
+        super().__init__(text)
+        self.node_id = node_id
 
 
-class ClientTimeoutError(CooperError):
-    """A client did not answer in time."""
+class ClientTimeoutError(ClientError):
+    """A client did not answer in time, or cannot be reached."""
 
 
 class DeliveryError(CooperError):

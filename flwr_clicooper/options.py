@@ -124,6 +124,12 @@ class Options:
         600.0, _POSITIVE, "seconds", "longest wait for one answer, and for the chain to form"
     )
     run_dir: str = _option("runs", _PATH, "", "folder that gets one folder per run")
+    resume: str = _option(
+        "",
+        _OPTIONAL_PATH,
+        "",
+        "folder of a run that ended early; go on after its last closed round",
+    )
     data_dir: str = _option(
         "", _OPTIONAL_PATH, "", "handed to `SplitTask.datasets`; a node's own wins"
     )
@@ -189,7 +195,7 @@ class Options:
 
     def agreed(self) -> dict[str, Any]:
         """Return the options on which relay and parties must agree."""
-        local = {"num-rounds", "timeout", "run-dir", "data-dir", "link"}
+        local = {"num-rounds", "timeout", "run-dir", "data-dir", "link", "resume"}
         own = self.as_config().items()
         return {k: v for k, v in own if k not in local and not k.startswith("live-")}
 

@@ -84,6 +84,7 @@ def run_local(
 ) -> CooperResult:
     """Train over a LocalGrid; options have underscores for dashes."""
     config = {"release": "clean", "num-rounds": 1, "batch-size": 16, "run-dir": str(run_dir)}
+    config["link"] = "mailbox"  # a LocalGrid that is not warm would wait for its own clients
     config |= {key.replace("_", "-"): value for key, value in options.items()}
     grid = grid_class(cooper_client(task), nodes(trainers), config)
     return CooperStrategy.from_config(config).start(grid)

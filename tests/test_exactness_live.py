@@ -37,6 +37,7 @@ def test_chain_over_live_links_equals_one_process(
         trainers,
         tmp_path,
         ProcessGrid,
+        link="live",
         release=release,
         label_side=label_side,
         microbatches=microbatches,

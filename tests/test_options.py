@@ -29,6 +29,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "seed": 0,
         "timeout": 600.0,
         "run-dir": "runs",
+        "resume": "",
         "data-dir": "",
     }
 

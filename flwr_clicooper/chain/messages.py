@@ -22,6 +22,7 @@ ACTIVATIONS = "activations"
 GRADIENTS = "gradients"
 LABELS = "labels"
 WEIGHTS = "weights"
+ESCROW = "escrow"
 
 T = TypeVar("T", int, float, str, bool)
 

@@ -28,6 +28,7 @@ from flwr_clicooper.chain.messages import (
     Header,
     array_record,
 )
+from flwr_clicooper.chain.own_checkpoints import OwnCheckpoints
 from flwr_clicooper.chain.records import Indices, LabelledSet, check_labels
 from flwr_clicooper.chain.roles import run_folder
 from flwr_clicooper.chain.stage import Stage, position_of
@@ -130,6 +131,10 @@ class Owner(Worker):
         for index, segment in enumerate(self.segments):
             load_initial(segment, given, index)
         self._rehearse()
+        header = Header.of(message)
+        if "resume-run" in header and self.stages:
+            run_id, round_ = header.get("resume-run", str), header.get("resume-round", int)
+            OwnCheckpoints.of(self.session.options, run_id).restore(round_, self.stages)
         for stage in self.stages:
             index = stage.segment.index
             check_trainable(self.segments[index], stage.incoming, index, self.plan)
@@ -171,6 +176,8 @@ class Owner(Worker):
             case Action.CLOSE_ROUND:
                 for stage in self.stages:
                     self.changes |= stage.whole()
+                own = OwnCheckpoints.of(self.session.options, self.session.context.run_id)
+                own.close(header.get("round", int), self.stages)
                 return {}, {}
             case Action.COLLECT:
                 return self._collect(header, message)

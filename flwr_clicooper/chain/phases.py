@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 from logging import INFO, WARNING
+from typing import Any
 
 from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from flwr_clicooper.chain.messages import ACTIVATIONS, LABELS, WEIGHTS, Action
+from flwr_clicooper.chain.checkpoint import Checkpoint
+from flwr_clicooper.chain.messages import ACTIVATIONS, ESCROW, LABELS, WEIGHTS, Action
 from flwr_clicooper.chain.pipeline import Pipeline, Seat
 from flwr_clicooper.chain.progress import StepProgress, size
 from flwr_clicooper.chain.relay import Records, Relay, required
@@ -48,6 +50,7 @@ class ChainRun:
         self.grid = grid
         self.options = options
         self.folder = folder
+        self.checkpoint = Checkpoint(folder.path)
         self.rounds = options.num_rounds
         self.owner = roster.owner
         self.trainers = [roster.trainers[stage] for stage in sorted(roster.trainers)]
@@ -66,8 +69,11 @@ class ChainRun:
 
     # -- set-up ------------------------------------------------------------------
 
-    def set_up(self, initial_arrays: ArrayRecord | None) -> None:
-        """Let every party build and check its part, the owner first."""
+    def set_up(self, initial_arrays: ArrayRecord | None, start: Checkpoint) -> None:
+        """Let every party build and check its part, the owner first.
+
+        With a closed round in ``start``, everybody goes on from there.
+        """
         count = len(self.trainers)
         common = {
             "trainers": count,
@@ -78,7 +84,7 @@ class ChainRun:
         facts, _ = self.relay.ask(
             self.owner,
             Action.SETUP,
-            common,
+            common | _resume_fields(start),
             _initial(initial_arrays, own),
             persist=True,
         )
@@ -97,7 +103,7 @@ class ChainRun:
         log(INFO, "The chain: %d training and %d held-out records", self.records, held_out)
         log(INFO, "\t%s: head, gives %s", self.relay.names[self.owner], " and ".join(cuts[0]))
         for stage, node_id in enumerate(self.trainers, start=1):
-            fields = {
+            fields: dict[str, Any] = {
                 **common,
                 "stage": stage,
                 "records": self.records,
@@ -107,8 +113,11 @@ class ChainRun:
                 "labels": facts.get("labels", str),
                 "scores": cuts[-1][0],
             }
-            weights = _initial(initial_arrays, [stage])
-            reply, _ = self.relay.ask(node_id, Action.SETUP, fields, weights, persist=True)
+            records = _initial(initial_arrays, [stage])
+            if start.round:
+                record, fields["optimizer"] = start.part(stage)
+                records = {ESCROW: record}
+            reply, _ = self.relay.ask(node_id, Action.SETUP, fields, records, persist=True)
             log(
                 INFO,
                 "\t%s: segment %d, %s parameters, gives %s",
@@ -170,9 +179,7 @@ class ChainRun:
         started = time.monotonic()
         train = self._local_round if self.options.schedule == "local" else self._lockstep_round
         loss = train(round_)
-        everyone = {seat.node_id for seat in self.seats}
-        fields = {"round": round_}
-        self.relay.ask_all(sorted(everyone), Action.CLOSE_ROUND, fields, persist=True)
+        self._close(round_)
         seconds = time.monotonic() - started
         metrics = {
             "loss": loss,
@@ -190,10 +197,23 @@ class ChainRun:
         )
         return metrics
 
+    def _close(self, round_: int) -> None:
+        """Let all that train store their state; keep what the trainers escrow."""
+        parts: dict[int, tuple[ArrayRecord, str]] = {}
+        for node_id in sorted({seat.node_id for seat in self.seats}):
+            header, records = self.relay.ask(
+                node_id, Action.CLOSE_ROUND, {"round": round_}, persist=True
+            )
+            if node_id != self.owner:
+                record = required(records, ESCROW, self.relay.names[node_id])
+                stage = self.trainers.index(node_id) + 1
+                parts[stage] = (record, header.get("optimizer", str))
+        self.checkpoint.close(round_, parts)
+
     def _lockstep_round(self, round_: int) -> float:
         pipeline = Pipeline(self.relay, self.seats, self.options.pipeline)
         if self.progress is None:
-            self.progress = StepProgress(self.rounds, self.plan.steps)
+            self.progress = StepProgress(self.rounds, self.plan.steps, round_ - 1)
         total = 0.0
         for step in range(self.plan.steps):
             started, traffic = time.monotonic(), self.relay.traffic
@@ -275,7 +295,8 @@ class ChainRun:
         The model is delivered, so a party that cannot is a warning, not a failure.
         """
         for node_id in [self.owner, *self.trainers]:
-            self._say_goodbye(node_id, self.relay.exchange.timeout)
+            self._say_goodbye(node_id, self.relay.exchange.timeout, delivered=True)
+        self.checkpoint.delete()
 
     def abandon(self) -> None:
         """After a failure: let every party that still answers delete its state."""
@@ -283,13 +304,20 @@ class ChainRun:
             self.progress.close()
         self.relay.drain(_GOODBYE)  # who still works would write its state again
         for node_id in [self.owner, *self.trainers]:
-            self._say_goodbye(node_id, _GOODBYE)
+            self._say_goodbye(node_id, _GOODBYE, delivered=False)
 
-    def _say_goodbye(self, node_id: int, timeout: float) -> None:
+    def _say_goodbye(self, node_id: int, timeout: float, *, delivered: bool) -> None:
         try:
-            Relay(self.grid, self.relay.names, timeout).ask(node_id, Action.FINISH, {})
+            relay = Relay(self.grid, self.relay.names, timeout)
+            relay.ask(node_id, Action.FINISH, {"delivered": delivered})
         except Exception as error:  # nothing here may hide how the run itself ended
             log(WARNING, "%s may have kept its state: %s", self.relay.names[node_id], error)
+
+
+def _resume_fields(start: Checkpoint) -> dict[str, str | int]:
+    if not start.round:
+        return {}
+    return {"resume-run": start.run_id, "resume-round": start.round}
 
 
 def _initial(arrays: ArrayRecord | None, segments: list[int]) -> Records:

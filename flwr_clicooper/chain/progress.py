@@ -23,11 +23,13 @@ class StepProgress:
     ----------
     rounds, steps : int
         Rounds, and steps per round.
+    done : int
+        Rounds that an earlier part of the run has done.
     """
 
-    def __init__(self, rounds: int, steps: int) -> None:
+    def __init__(self, rounds: int, steps: int, done: int = 0) -> None:
         self.rounds, self.steps = rounds, steps
-        self._done = 0
+        self._done = done * steps
         self._records = 0
         self._started = self._shown = time.monotonic()
         self._console = Console(stderr=True)
@@ -41,7 +43,9 @@ class StepProgress:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task("training", total=rounds * steps, facts="")
+            self._task = self._bar.add_task(
+                "training", total=rounds * steps, completed=self._done, facts=""
+            )
             self._bar.start()
 
     def step(self, round_: int, step: int, loss: float, records: int, nbytes: int) -> None:

@@ -101,7 +101,7 @@ class Relay:
         found: list[tuple[str, Header, Records]] = []
         for message_id, node_id, reply in self.exchange.pull():
             self.busy.discard(node_id)
-            header = check_answer(reply, self.names[node_id])
+            header = check_answer(reply, self.names[node_id], node_id)
             self._versions[node_id] = header.optional("version", self._versions[node_id])
             self.traffic.compute[_short(self.names[node_id])] += header.optional(
                 "seconds", 0.0
@@ -151,7 +151,7 @@ class Relay:
         self.traffic.link_bytes[link] += payload_bytes(record)
 
 
-def check_answer(reply: Message, name: str) -> Header:
+def check_answer(reply: Message, name: str, node_id: int = 0) -> Header:
     """Return the header of a reply.
 
     Raises
@@ -162,10 +162,10 @@ def check_answer(reply: Message, name: str) -> Header:
     action = reply.metadata.message_type
     if reply.has_error():
         reason = (reply.error.reason or f"Flower error {reply.error.code}").strip()
-        raise ClientError(f"{name} failed at {action}: {reason}")
+        raise ClientError(f"{name} failed at {action}: {reason}", node_id)
     header = Header.of(reply, name)
     if "error" in header:
-        raise ClientError(f"{name} failed at {action}: {header.get('error', str)}")
+        raise ClientError(f"{name} failed at {action}: {header.get('error', str)}", node_id)
     return header
 
 

@@ -67,7 +67,7 @@ def role_of(node_config: Mapping[str, Any]) -> Role:
     return Role(TRAINER, stage)
 
 
-def run_folder(options: Options, run_id: int) -> Path:
+def run_folder(options: Options, run_id: int | str) -> Path:
     """Return the folder of a run on this machine."""
     return Path(options.run_dir).expanduser().absolute() / str(run_id)
 

@@ -98,6 +98,14 @@ class Roster:
                 )
             self.standbys.append(self.trainers.pop(stage))
 
+    def promote(self, lost: int) -> int:
+        """Give the stage of a lost trainer to a standby; return the standby, or 0."""
+        for stage, trainer in self.trainers.items():
+            if trainer == lost and self.standbys:
+                self.trainers[stage] = self.standbys.pop(0)
+                return self.trainers[stage]
+        return 0
+
     def names(self) -> dict[int, str]:
         """Return what people call the parties of the chain, the owner first."""
         chain = [self.owner, *(self.trainers[stage] for stage in sorted(self.trainers))]

@@ -8,6 +8,7 @@ import time
 from flwr.app import Context, Message
 
 from flwr_clicooper.chain.messages import Action, Header, answer
+from flwr_clicooper.chain.own_checkpoints import OwnCheckpoints
 from flwr_clicooper.chain.owner import Owner
 from flwr_clicooper.chain.roles import OWNER
 from flwr_clicooper.chain.state import WorkerCache
@@ -42,6 +43,8 @@ def serve(task: SplitTask, action: Action, message: Message, context: Context) -
     if action is Action.FINISH:
         CACHE.drop(session.key)
         session.store().remove()
+        if header.optional("delivered", False) and session.role.name == OWNER:
+            OwnCheckpoints.of(session.options, session.context.run_id).delete()
         return answer(message, {})
     version = header.get("version", int)
     if action is Action.SETUP:
@@ -65,6 +68,7 @@ def _set_up(session: Session, header: Header, message: Message) -> tuple[Worker,
     _check_agreement(session, header)
     store = session.store()
     store.create()
+    CACHE.revive(session.key)
     worker = _worker_class(session)(session, store, header.as_dict())
     reply = worker.start(message)
     for stage in worker.stages:

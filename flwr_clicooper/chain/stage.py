@@ -169,6 +169,29 @@ class Stage:
             f"{self.name}-buffers": None,
         }
 
+    def escrow(self) -> tuple[dict[str, Tensor], str]:
+        """Return all that another party needs to go on between two batches."""
+        tensors, rest = self.segment.optimizer_state()
+        found = {f"weights/{k}": v for k, v in self.segment.tensors().items()}
+        return found | {f"optimizer/{k}": v for k, v in tensors.items()}, rest
+
+    def restore(self, tensors: Mapping[str, Tensor], rest: str) -> None:
+        """Set what `escrow` gave.
+
+        Raises
+        ------
+        MessageError
+            It is not of this segment.
+        """
+        weights = _under("weights/", tensors)
+        own = self.segment.tensors()
+        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in own.items()}:
+            raise MessageError(
+                f"segment {self.segment.index}: the checkpoint is of another segment"
+            )
+        self.segment.load_tensors(weights)
+        self.segment.load_optimizer_state(_own(_under("optimizer/", tensors)), rest)
+
     def take_changes(self) -> Changes:
         """Return and forget what changed."""
         changes, self.changes = self.changes, {}
@@ -225,6 +248,10 @@ def position_of(header: Header) -> Position:
 def parse_specs(texts: Sequence[str]) -> list[TensorSpec]:
     """Return specs from a message's header."""
     return [TensorSpec.parse(text) for text in texts]
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

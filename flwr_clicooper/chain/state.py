@@ -202,6 +202,10 @@ class WorkerCache(Generic[Worker]):
         self._ended.add(key)
         self._workers.pop(key, None)
 
+    def revive(self, key: tuple[int, int]) -> None:
+        """Let a run that ended on this node begin again, after a hand-over."""
+        self._ended.discard(key)
+
     def clear(self) -> None:
         """Forget all workers, as a new process has."""
         self._workers.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from logging import ERROR, INFO
+from logging import ERROR, INFO, WARNING
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,14 +14,14 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from flwr_clicooper.chain.checkpoint import Checkpoint
 from flwr_clicooper.chain.linking import link_up
 from flwr_clicooper.chain.phases import ChainRun
 from flwr_clicooper.chain.progress import size
 from flwr_clicooper.chain.roles import run_folder
-from flwr_clicooper.chain.roster import discover
+from flwr_clicooper.chain.roster import Roster, discover
 from flwr_clicooper.chain.rundir import RunFolder
-from flwr_clicooper.errors import CooperError, OptionError
-from flwr_clicooper.grids.live import LiveGrid
+from flwr_clicooper.errors import ClientError, CooperError, OptionError
 from flwr_clicooper.options import TASK_PREFIX, Options
 
 
@@ -128,42 +128,76 @@ class CooperStrategy(Strategy):
         run_id = grid.run.run_id
         config = options.as_config()
         folder = RunFolder(run_folder(options, run_id), run_id, config | self.task_options)
-        run: ChainRun | None = None
-        live: LiveGrid | None = None
         try:
             _log_options(config | self.task_options)
+            start = _starting_point(options, folder)
             roster = discover(grid, options.timeout, lambda text: log(INFO, text))
-            live = link_up(grid, options, roster.names())
-            run = ChainRun(live or grid, options, roster, folder)
-            result = self._run(run, initial_arrays)
+            result = self._train(grid, options, roster, folder, start, initial_arrays)
         except BaseException as error:
             reason = str(error) if isinstance(error, CooperError) else type(error).__name__
             folder.close("failed", error=reason)
             log(ERROR, "the run failed: %s", reason)
-            if run is not None:
-                run.abandon()
+            if closed := Checkpoint(folder.path).round:
+                log(INFO, "To go on after round %d: resume = '%s'", closed, folder.path)
             raise
-        finally:
-            if live is not None:
-                live.close()
         folder.close("completed")
         return result
 
-    def _run(self, run: ChainRun, initial_arrays: ArrayRecord | None) -> CooperResult:
-        rounds = run.options.num_rounds
-        started = time.monotonic()
-        result = CooperResult(run_dir=run.folder.path)
-        run.set_up(initial_arrays)
+    def _train(
+        self,
+        grid: Grid,
+        options: Options,
+        roster: Roster,
+        folder: RunFolder,
+        start: Checkpoint,
+        initial_arrays: ArrayRecord | None,
+    ) -> CooperResult:
+        """Run the chain; when a trainer is lost, hand its stage to a standby and go on."""
+        result = CooperResult(run_dir=folder.path)
+        while True:
+            live = link_up(grid, options, roster.names())
+            run = ChainRun(live or grid, options, roster, folder)
+            try:
+                self._run(run, start, initial_arrays, result)
+                return result
+            except BaseException as error:
+                run.abandon()
+                lost = error.node_id if isinstance(error, ClientError) else 0
+                standby = roster.promote(lost)
+                if not standby:
+                    raise
+                start = run.checkpoint if run.checkpoint.round else start
+                log(WARNING, "%s", error)
+                log(
+                    WARNING,
+                    "node %d takes over from node %d; going on after round %d",
+                    standby,
+                    lost,
+                    start.round,
+                )
+                folder.note("hand-over", lost=lost, standby=standby, after=start.round)
+            finally:
+                if live is not None:
+                    live.close()
+
+    def _run(
+        self,
+        run: ChainRun,
+        start: Checkpoint,
+        initial_arrays: ArrayRecord | None,
+        result: CooperResult,
+    ) -> None:
+        started, rounds = time.monotonic(), run.options.num_rounds
+        run.set_up(initial_arrays, start)
         if self.options.once:
             run.release()
-        for round_ in range(1, rounds + 1):
+        for round_ in range(start.round + 1, rounds + 1):
             metrics = run.train_round(round_)
             result.train_metrics_clientapp[round_] = MetricRecord({**metrics})
         evaluation, result.model = run.deliver()
         result.evaluate_metrics_clientapp[rounds] = MetricRecord({**evaluation})
         self._summarise(run, evaluation, result.model, time.monotonic() - started)
         run.finish()
-        return result
 
     def summary(self) -> None:
         """Log the options of the run."""
@@ -210,6 +244,17 @@ class CooperStrategy(Strategy):
     ) -> MetricRecord | None:
         """Not used; `start` drives the chain."""
         _not_used()
+
+
+def _starting_point(options: Options, folder: RunFolder) -> Checkpoint:
+    """Return the closed round to start from: an earlier run's, or none."""
+    if not options.resume:
+        return Checkpoint(folder.path)
+    must_agree = options.agreed() | {"num-rounds": options.num_rounds}
+    start = Checkpoint.of_run(options.resume, must_agree)
+    log(INFO, "Resuming run %s after round %d", start.run_id, start.round)
+    folder.note("resume", run=start.run_id, after=start.round)
+    return start
 
 
 def _log_options(config: Mapping[str, Any]) -> None:

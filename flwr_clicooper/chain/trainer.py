@@ -19,6 +19,7 @@ from flwr_clicooper.chain.build import (
 from flwr_clicooper.chain.delivered import digest
 from flwr_clicooper.chain.messages import (
     ACTIVATIONS,
+    ESCROW,
     GRADIENTS,
     LABELS,
     WEIGHTS,
@@ -29,7 +30,7 @@ from flwr_clicooper.chain.messages import (
 from flwr_clicooper.chain.records import check_labels
 from flwr_clicooper.chain.stage import Changes, Stage, parse_specs, position_of
 from flwr_clicooper.chain.state import StateStore
-from flwr_clicooper.chain.tensors import decode_places, encode, encode_places
+from flwr_clicooper.chain.tensors import decode, decode_places, encode, encode_places
 from flwr_clicooper.chain.uploads import Uploads
 from flwr_clicooper.chain.worker import Reply, Session, Worker, initial_weights
 from flwr_clicooper.errors import MessageError, SplitError
@@ -93,6 +94,9 @@ class Trainer(Worker):
     def start(self, message: Message) -> Reply:
         """Check that the segment fits its neighbours; load initial weights."""
         load_initial(self.module, initial_weights(message), self.index)
+        if ESCROW in message.content.array_records:
+            tensors = decode(array_record(message, ESCROW), f"{self.who}: checkpoint")
+            self.stage.restore(tensors, Header.of(message).get("optimizer", str))
         giver = f"segment {self.index - 1}"
         found = outgoing_specs(self.module, self.stage.incoming, self.index, giver)
         if found != self.outgoing:
@@ -120,7 +124,8 @@ class Trainer(Worker):
                 return self._outputs(header.get("chunk", int))
             case Action.CLOSE_ROUND:
                 self.changes |= self.stage.whole()
-                return {}, {}
+                tensors, rest = self.stage.escrow()
+                return {"optimizer": rest}, {ESCROW: encode(tensors)}
             case Action.DELIVER:
                 weights = self.module.state_dict()
                 return {"digest": digest(weights)}, {WEIGHTS: encode(weights)}

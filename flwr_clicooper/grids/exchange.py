@@ -85,7 +85,8 @@ class Exchange:
         if not ids:
             raise ClientTimeoutError(
                 f"{self._name(node_id)} cannot be reached for {kind}: Flower did not take "
-                "the message"
+                "the message",
+                node_id,
             )
         now = time.monotonic()
         if now - started > self.timeout:
@@ -131,7 +132,8 @@ class Exchange:
     def _late(self, node_id: int, kind: str) -> ClientTimeoutError:
         return ClientTimeoutError(
             f"{self._name(node_id)} did not answer {kind} within {self.timeout:g} s "
-            "(option 'timeout')"
+            "(option 'timeout')",
+            node_id,
         )
 
     def _name(self, node_id: int) -> str:

@@ -33,6 +33,7 @@ def start(
     **options: Any,
 ) -> None:
     config = {"release": "clean", "num-rounds": 1, "batch-size": 32, "run-dir": str(run_dir)}
+    config["link"] = "mailbox"
     config |= {k.replace("_", "-"): v for k, v in options.items()}
     app = cooper_client(task or LinearTask(2), mods=mods)
     grid = grid_class(app, nodes(2) if node_configs is None else node_configs, config)
