@@ -105,7 +105,7 @@ class Federation:
             command += ["--auth-supernode-private-key", str(self._key(index))]
         else:
             command.append("--insecure")
-        return self._start(f"supernode-{index}", command)
+        return self._start(f"supernode-{index}", command, {"CLICOOPER_NODE": str(index)})
 
     def run(self, app: Path, run_config: str = "", *, stream: bool = True) -> dict[str, Any]:
         """Run an app to its end; return Flower's record of the run."""
@@ -172,11 +172,13 @@ class Federation:
             command += [f"--ssl-{flag}file", str(self.folder / name)]
         return [*command, "--enable-supernode-auth"]
 
-    def _start(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
+    def _start(
+        self, name: str, command: list[str], more: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 command,
-                env=self.environment,
+                env={**self.environment, **(more or {})},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
@@ -87,7 +87,13 @@ class Checkpoint:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True, mode=0o700)
         for segment, (record, rest) in parts.items():
-            data = recorddict_to_proto(RecordDict({ESCROW: record})).SerializeToString()
+            # What came over a live link is a view of its frame; protobuf takes only bytes.
+            whole = {
+                name: Array(a.dtype, tuple(a.shape), a.stype, bytes(a.data))
+                for name, a in record.items()
+            }
+            records = RecordDict({ESCROW: ArrayRecord(whole)})
+            data = recorddict_to_proto(records).SerializeToString()
             write_atomically(new / f"segment-{segment}.pb", data)
             write_atomically(new / f"segment-{segment}.json", rest.encode())
         write_atomically(self._folder / CLOSED, json.dumps({"round": round_}).encode())

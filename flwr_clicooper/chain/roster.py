@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from flwr_clicooper.chain.messages import PROTOCOL, Action, Header, instruction
@@ -146,6 +147,9 @@ def discover(grid: Grid, timeout: float, say: Callable[[str], None]) -> Roster:
             asked.add(node_id)
             flight.push(instruction(Action.HELLO, node_id, {}, ttl=timeout))
         for _, node_id, reply in flight.poll():
+            if reply.has_error() and reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+                say(f"node {node_id} has left the federation")
+                continue
             roster.add(node_id, check_answer(reply, f"node {node_id}"))
         now, missing = time.monotonic(), roster.missing()
         if missing:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Error, Message
+from flwr.common.constant import ErrorCode
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -613,6 +614,17 @@ def test_a_mute_node_that_is_not_needed_is_not_waited_for(
     started = time.monotonic()
     start(tmp_path, node_configs=nodes(2, 1), grid_class=Mute, timeout=20)
     assert time.monotonic() - started < 10
+
+
+def test_a_node_that_has_left_is_not_counted(tmp_path: Path) -> None:
+    class Leaving(LocalGrid):
+        def _serve(self, message: Message) -> Message:
+            if message.metadata.dst_node_id != 104:
+                return super()._serve(message)
+            error = Error(code=ErrorCode.NODE_UNAVAILABLE, reason="no heartbeat")
+            return Message(error, reply_to=message)
+
+    start(tmp_path, node_configs=[*nodes(2), SECOND], grid_class=Leaving)
 
 
 def test_an_error_of_flower_itself_is_given_to_the_node_that_was_asked(tmp_path: Path) -> None:

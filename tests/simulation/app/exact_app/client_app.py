@@ -1,6 +1,7 @@
 """The shared test task, with a note of which process served which node."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ class Task(ConvTask):
         return super().datasets(config)
 
 
+def pause(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Slow training down, so that a test can disturb it in the middle."""
+    if message.metadata.message_type == "train.forward":
+        time.sleep(float(context.run_config["task.pause"]))
+    return call_next(message, context)
+
+
 def note_process(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     folder = Path(str(context.run_config["run-dir"]))
     with (folder / "processes").open("a") as file:
@@ -25,4 +33,4 @@ def note_process(message: Message, context: Context, call_next: ClientAppCallabl
     return call_next(message, context)
 
 
-app = cooper_client(Task(), mods=[note_process])
+app = cooper_client(Task(), mods=[note_process, pause])
