@@ -67,9 +67,9 @@ def _invite(live: LiveGrid, grid: Grid, names: Mapping[int, str]) -> str:
     last = time.monotonic()
     while linked != set(names):
         live.wait(0.05)
-        for reply in live.ended():
+        for node_id, reply in live.ended().items():
             try:
-                check_answer(reply, names.get(reply.metadata.src_node_id, "a node"))
+                check_answer(reply, names[node_id])
             except CooperError as error:
                 return str(error)
         found = live.linked()

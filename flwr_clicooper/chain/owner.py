@@ -82,8 +82,8 @@ class Owner(Worker):
             )
         self.scores = self.specs[-1][0]
         self.label_spec = TensorSpec.of(self._checked(labels, "training"))
-        self.setup.setdefault("data", self._fingerprint())
-        if self.setup["data"] != self._fingerprint():
+        fingerprint = self._fingerprint()
+        if self.setup.setdefault("data", fingerprint) != fingerprint:
             raise StateError(
                 "datasets() gave other data in this process than at setup; it must give the "
                 "same each time. Seed what is random in it"

@@ -199,15 +199,13 @@ class ChainRun:
 
     def _close(self, round_: int) -> None:
         """Let all that train store their state; keep what the trainers escrow."""
-        parts: dict[int, tuple[ArrayRecord, str]] = {}
-        for node_id in sorted({seat.node_id for seat in self.seats}):
-            header, records = self.relay.ask(
-                node_id, Action.CLOSE_ROUND, {"round": round_}, persist=True
-            )
-            if node_id != self.owner:
-                record = required(records, ESCROW, self.relay.names[node_id])
-                stage = self.trainers.index(node_id) + 1
-                parts[stage] = (record, header.get("optimizer", str))
+        everyone = sorted({seat.node_id for seat in self.seats})
+        replies = self.relay.ask_all(everyone, Action.CLOSE_ROUND, {"round": round_})
+        parts = {}
+        for stage, node_id in enumerate(self.trainers, start=1):
+            header, records = replies[node_id]
+            record = required(records, ESCROW, self.relay.names[node_id])
+            parts[stage] = (record, header.get("optimizer", str))
         self.checkpoint.close(round_, parts)
 
     def _lockstep_round(self, round_: int) -> float:

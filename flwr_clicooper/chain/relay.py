@@ -125,18 +125,15 @@ class Relay:
         return header, reply
 
     def ask_all(
-        self,
-        node_ids: list[int],
-        action: Action,
-        fields: Mapping[str, Any],
-        *,
-        persist: bool | None = None,
-    ) -> None:
-        """Send the same instruction to several nodes and wait for all replies."""
-        for node_id in node_ids:
-            self.send(node_id, action, fields, persist=persist)
-        while len(self.exchange):
-            self.receive()
+        self, node_ids: list[int], action: Action, fields: Mapping[str, Any]
+    ) -> dict[int, tuple[Header, Records]]:
+        """Send the same instruction to several nodes at once; return the replies by node."""
+        sent = {self.send(n, action, fields, persist=True): n for n in node_ids}
+        found: dict[int, tuple[Header, Records]] = {}
+        while len(found) < len(sent):
+            for message_id, header, records in self.receive():
+                found[sent[message_id]] = (header, records)
+        return found
 
     def drain(self, seconds: float) -> None:
         """Wait for replies that are still due, and drop them, errors and all."""

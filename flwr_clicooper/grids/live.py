@@ -28,6 +28,7 @@ from flwr.supercore.run import Run
 from flwr_clicooper.errors import FrameError
 from flwr_clicooper.grids import frames
 from flwr_clicooper.grids.certificate import make_certificate
+from flwr_clicooper.grids.exchange import exchange
 from flwr_clicooper.grids.frames import Kind
 
 METHOD = "/flwr_clicooper.Live/Link"
@@ -135,15 +136,15 @@ class LiveGrid(Grid):
             if not self._replies:
                 self._changed.wait(seconds)
 
-    def ended(self) -> list[Message]:
+    def ended(self) -> dict[int, Message]:
         """Return the replies of invited nodes that do not serve any more, each once."""
-        invitations = [x.invitation for x in self._links.values() if x.invitation]
-        replies = list(self.mailbox.pull_messages(invitations)) if invitations else []
-        for reply in replies:
-            for link in self._links.values():
-                if link.invitation == reply.metadata.reply_to_message_id:
-                    link.invitation = ""
-        return replies
+        invited = {x.invitation: n for n, x in self._links.items() if x.invitation}
+        found: dict[int, Message] = {}
+        for reply in self.mailbox.pull_messages(list(invited)) if invited else []:
+            node_id = invited[reply.metadata.reply_to_message_id]
+            self._links[node_id].invitation = ""
+            found[node_id] = reply
+        return found
 
     def close(self, patience: float = 10.0) -> None:
         """End all links, refuse new ones, and wait until clients left their handlers."""
@@ -214,8 +215,6 @@ class LiveGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Send messages and wait for their replies."""
-        from flwr_clicooper.grids.exchange import exchange
-
         return exchange(self, messages, float("inf") if timeout is None else timeout)
 
     def _look_for_lost_nodes(self) -> None:
@@ -224,18 +223,14 @@ class LiveGrid(Grid):
         if now < self._look_again:
             return
         self._look_again = now + 1.0
-        for reply in self.ended():
-            message_id = reply.metadata.reply_to_message_id
-            for link in self._links.values():
-                if link.last_invitation != message_id or link.request is None:
-                    continue
-                reason = f"the node left the live link: {_reason(reply)}"
-                error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
-                with self._changed:
-                    request, link.request = link.request, None
-                    self._replies[request.message_id] = Message(
-                        error, reply_to=request.message
-                    )
+        for node_id, reply in self.ended().items():
+            link = self._links[node_id]
+            reason = f"the node left the live link: {_reason(reply)}"
+            error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
+            with self._changed:
+                if link.request is not None:
+                    lost, link.request = link.request, None
+                    self._replies[lost.message_id] = Message(error, reply_to=lost.message)
 
     # -- a stream ----------------------------------------------------------------
 
@@ -336,19 +331,7 @@ class _Link:
         self.count = 0
         self.generation = 0
         self.request: _Request | None = None
-        self.last_invitation = ""
-
-    @property
-    def invitation(self) -> str:
-        """The invitation that has no reply yet."""
-        return self._invitation
-
-    @invitation.setter
-    def invitation(self, message_id: str) -> None:
-        self._invitation = message_id
-        self.last_invitation = message_id or self.last_invitation
-
-    _invitation = ""
+        self.invitation = ""
 
 
 def _reason(reply: Message) -> str:

@@ -90,10 +90,7 @@ class LocalGrid(Grid):
         """Run each message on its node at once; return the message IDs."""
         ids = []
         for message in messages:
-            self._count += 1
-            message_id = f"local-{self._count}"
-            message.metadata.__dict__["_message_id"] = message_id
-            message.metadata.__dict__["_run_id"] = self._run.run_id
+            message_id = self._stamp(message)
             self._replies[message_id] = self._serve(message)
             ids.append(message_id)
         return ids
@@ -107,6 +104,14 @@ class LocalGrid(Grid):
     ) -> Iterable[Message]:
         """Push messages and pull their replies."""
         return self.pull_messages(self.push_messages(messages))
+
+    def _stamp(self, message: Message) -> str:
+        """Give a message its ID and the run's, as Flower's grids do; return the ID."""
+        self._count += 1
+        message_id = f"local-{self._count}"
+        message.metadata.__dict__["_message_id"] = message_id
+        message.metadata.__dict__["_run_id"] = self._run.run_id
+        return message_id
 
     def _serve(self, message: Message) -> Message:
         """Run the ClientApp as a Flower node does: an exception becomes an error reply."""

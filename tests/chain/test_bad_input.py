@@ -556,10 +556,7 @@ class ThreadedGrid(LocalGrid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []
         for message in messages:
-            self._count += 1
-            message_id = f"threaded-{self._count}"
-            message.metadata.__dict__["_message_id"] = message_id
-            message.metadata.__dict__["_run_id"] = self.run.run_id
+            message_id = self._stamp(message)
             threading.Thread(target=self._work, args=(message_id, message)).start()
             ids.append(message_id)
         return ids
