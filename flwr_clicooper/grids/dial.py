@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import queue
+import ssl
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from logging import WARNING
-from typing import Any
 
-import grpc
 from flwr.app import Message
 from flwr.common.logger import log
 
 from flwr_clicooper.errors import LinkError
 from flwr_clicooper.grids import frames
-from flwr_clicooper.grids.certificate import SERVER_NAME
-from flwr_clicooper.grids.frames import Frame, Kind
-from flwr_clicooper.grids.live import CHANNEL_OPTIONS, METHOD
+from flwr_clicooper.grids.frames import Buffer, Frame, Kind
+from flwr_clicooper.grids.wire import Wire
 
 _RETRY_EVERY = 0.5
-_FINAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT)
 
 Serve = Callable[[Message], Message]
 
@@ -48,12 +45,12 @@ class Line:
         first_patience: float = 5.0,
     ) -> None:
         self.address = invitation["address"]
-        self._certificate = invitation["certificate"].encode()
+        self._certificate = invitation["certificate"]
         said = {"node": node_id, "token": invitation["token"]}
         self._hello = frames.pack(Kind.HELLO, json.dumps(said).encode())
         self._patience = patience
         self._first_patience = first_patience
-        self._answered: tuple[str, bytes] | None = None
+        self._answered: tuple[str, list[Buffer]] | None = None
 
     def serve(self, run: Serve) -> int:
         """Serve requests until the relay says stop; return how many were answered.
@@ -61,69 +58,68 @@ class Line:
         Raises
         ------
         LinkError
-            The relay cannot be reached, its certificate is not the pinned one, it refuses
-            this client, or the link stayed broken for too long.
+            The relay is not there or is not the invited one, it refuses this client, or
+            the link stayed broken for too long.
         """
-        answered, connected = 0, False
+        answered, was_open = 0, False
         deadline = time.monotonic() + self._first_patience
         while True:
-            channel = self._channel()
             try:
-                for _ in self._stream(channel, run):
-                    answered, connected = answered + 1, True
-                    deadline = time.monotonic() + self._patience
-                return answered
-            except grpc.RpcError as error:
-                self._give_up(error, connected, deadline)
-            finally:
-                channel.close()
+                with closing(self._greet()) as wire:
+                    was_open = True
+                    try:
+                        for _ in self._requests(wire, run):
+                            answered += 1
+                        return answered
+                    finally:
+                        deadline = time.monotonic() + self._patience
+            except ssl.SSLCertVerificationError as error:
+                raise LinkError(
+                    f"the live link to {self.address} could not be made: the relay there "
+                    "does not have the certificate of the invitation"
+                ) from error
+            except (OSError, EOFError) as error:
+                self._give_up(error, was_open, deadline)
             time.sleep(_RETRY_EVERY)
 
-    def _give_up(self, error: grpc.RpcError, connected: bool, deadline: float) -> None:
-        """Raise unless dialling again makes sense."""
-        code, details = error.code(), error.details() or ""
-        if code in _FINAL:
-            raise LinkError(f"the relay at {self.address} {details}") from error
-        if time.monotonic() > deadline:
-            what = "broke and did not come back" if connected else "could not be made"
-            raise LinkError(
-                f"the live link to {self.address} {what}: {code.name} {details[:200]}"
-            ) from error
-        if connected:
-            log(WARNING, "live link to %s broke (%s), dialling again", self.address, code.name)
-
-    def _channel(self) -> grpc.Channel:
-        if not self._certificate:
-            return grpc.insecure_channel(self.address, options=CHANNEL_OPTIONS)
-        credentials = grpc.ssl_channel_credentials(root_certificates=self._certificate)
-        name = ("grpc.ssl_target_name_override", SERVER_NAME)
-        return grpc.secure_channel(self.address, credentials, options=[*CHANNEL_OPTIONS, name])
-
-    def _stream(self, channel: grpc.Channel, run: Serve) -> Iterator[None]:
-        """Serve one stream; yield after each answer."""
-        outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        outgoing.put(self._hello)
-        call: Any = channel.stream_stream(METHOD)(iter(outgoing.get, None))
+    def _greet(self) -> Wire:
+        """Dial, and show the token."""
+        wire = Wire.dial(self.address, self._certificate)
         try:
-            while (frame := _read(call)) is not None and frame.kind is not Kind.STOP:
-                for chunk in frames.chunks(self._answer(frame, run)):
-                    outgoing.put(chunk)
-                yield
-        finally:
-            outgoing.put(None)
-            call.cancel()
+            wire.send(self._hello)
+            self._checked(wire.receive())
+            wire.greeted()
+        except BaseException:
+            wire.close()
+            raise
+        return wire
 
-    def _answer(self, frame: Frame, run: Serve) -> bytes:
+    def _requests(self, wire: Wire, run: Serve) -> Iterator[None]:
+        """Serve one connection until the relay says stop; yield after each answer."""
+        while (frame := self._checked(wire.receive())).kind is not Kind.STOP:
+            wire.send(self._answer(frame, run))
+            yield
+
+    def _checked(self, frame: Frame) -> Frame:
+        if frame.kind is Kind.REFUSAL:
+            reason = bytes(frame.header[:500]).decode(errors="replace")
+            raise LinkError(f"the relay at {self.address} refused: {reason}")
+        return frame
+
+    def _give_up(self, error: Exception, was_open: bool, deadline: float) -> None:
+        """Raise unless dialling again makes sense."""
+        reason = f"{type(error).__name__}: {error}"[:200]
+        if time.monotonic() > deadline:
+            what = "broke and did not come back" if was_open else "could not be made"
+            raise LinkError(f"the live link to {self.address} {what}: {reason}") from error
+        if was_open:
+            log(WARNING, "live link to %s broke (%s), dialling again", self.address, reason)
+
+    def _answer(self, frame: Frame, run: Serve) -> list[Buffer]:
         """Run a request, or repeat the answer when the relay asks again."""
         message = frames.decode(frame)
         message_id = message.metadata.message_id
         if self._answered is None or self._answered[0] != message_id:
+            self._answered = None  # its tensors may be large
             self._answered = (message_id, frames.encode(run(message)))
         return self._answered[1]
-
-
-def _read(call: Iterator[bytes]) -> Frame | None:
-    try:
-        return frames.read(call)
-    except StopIteration:
-        return None

@@ -6,17 +6,18 @@ A frame is::
     buffer lengths u64 ... | header | buffers ...
 
 The header is Flower's own protobuf of the message with the data of its arrays left out;
-the buffers are that data, in order. A frame longer than `CHUNK` travels in several gRPC
-messages. Every length is checked before anything is allocated or parsed.
+the buffers are that data, in order. Every length is checked before anything is allocated
+or parsed. A buffer is sent from where it lies and received to where it stays.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto, recorddict_to_proto
 from flwr.common.serde_utils import error_to_proto, metadata_to_proto
@@ -24,13 +25,16 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from flwr_clicooper.errors import FrameError
 
-CHUNK = 32 * 2**20
-"""Bytes in one gRPC message at most."""
+Buffer = bytes | memoryview
+Fill = Callable[[memoryview], None]
+"""Receives exactly as many bytes as a view has."""
 MAX_FRAME = 2 * 2**30
 """Bytes in one frame at most."""
 MAX_HEADER = 16 * 2**20
 MAX_BUFFERS = 65_536
 
+_TOGETHER = 64 * 2**10
+"""Shorter parts are sent together with their neighbours."""
 _MAGIC = b"CCF1"
 _PREFIX = struct.Struct("<4sBIIQ")
 
@@ -41,6 +45,7 @@ class Kind(IntEnum):
     MESSAGE = 0
     HELLO = 1
     STOP = 2
+    REFUSAL = 3
 
 
 class Frame(NamedTuple):
@@ -51,7 +56,7 @@ class Frame(NamedTuple):
     kind : Kind
         What it is.
     header : memoryview
-        Protobuf of a message, or the text of a hello.
+        Protobuf of a message, or the text of a hello or a refusal.
     buffers : list of memoryview
         Data of the arrays; views of what arrived.
     """
@@ -61,15 +66,14 @@ class Frame(NamedTuple):
     buffers: list[memoryview]
 
 
-def pack(kind: Kind, header: bytes, buffers: list[bytes | memoryview] | None = None) -> bytes:
-    """Return a frame; one copy of each buffer.
+def pack(kind: Kind, header: bytes, buffers: Sequence[Buffer] = ()) -> list[Buffer]:
+    """Return a frame as the parts to send, long buffers without a copy.
 
     Raises
     ------
     FrameError
         The frame is larger than the other side accepts.
     """
-    buffers = buffers or []
     sizes = struct.pack(f"<{len(buffers)}Q", *map(len, buffers))
     length = _PREFIX.size + len(sizes) + len(header) + sum(map(len, buffers))
     if length > MAX_FRAME or len(header) > MAX_HEADER or len(buffers) > MAX_BUFFERS:
@@ -78,49 +82,46 @@ def pack(kind: Kind, header: bytes, buffers: list[bytes | memoryview] | None = N
             f"live link; at most {MAX_FRAME:,} bytes in {MAX_BUFFERS:,} arrays"
         )
     prefix = _PREFIX.pack(_MAGIC, kind, len(header), len(buffers), length)
-    return b"".join((prefix, sizes, header, *buffers))
+    parts: list[Buffer] = []
+    short: list[Buffer] = [prefix, sizes, header]
+    for buffer in buffers:
+        if len(buffer) < _TOGETHER:
+            short.append(buffer)
+        else:
+            parts += [b"".join(short), buffer]
+            short = []
+    return [*parts, b"".join(short)] if short else parts
 
 
-def chunks(frame: bytes) -> Iterator[bytes]:
-    """Yield a frame in parts that fit gRPC messages."""
-    if len(frame) <= CHUNK:
-        yield frame
-        return
-    view = memoryview(frame)
-    for start in range(0, len(frame), CHUNK):
-        yield bytes(view[start : start + CHUNK])
+def read(fill: Fill, limit: int = MAX_FRAME) -> Frame:
+    """Return the next frame.
 
-
-def read(parts: Iterator[bytes]) -> Frame:
-    """Return the next frame of a stream.
+    Parameters
+    ----------
+    fill : callable
+        Receives bytes into a view.
+    limit : int
+        Bytes that the frame may have.
 
     Raises
     ------
     FrameError
-        The parts are not a frame, or it is too large.
-    StopIteration
-        The stream has ended.
+        What comes is not a frame, or it is too large.
     """
-    first = next(parts)
-    length = _declared_length(first)
-    if len(first) == length:
-        return _unpack(memoryview(first))
-    whole = bytearray(length)
-    filled = len(first)
-    whole[:filled] = first
-    while filled < length:
-        part = next(parts)
-        if not part or filled + len(part) > length:
-            raise FrameError(f"a frame of {length:,} bytes came with other bytes in it")
-        whole[filled : filled + len(part)] = part
-        filled += len(part)
-    return _unpack(memoryview(whole).toreadonly())
+    start = bytearray(_PREFIX.size)
+    fill(memoryview(start))
+    kind, header, count, length = _checked(start, limit)
+    head = _received(fill, 8 * count + header)
+    sizes = struct.unpack_from(f"<{count}Q", head)
+    if _PREFIX.size + len(head) + sum(sizes) != length:
+        raise FrameError(f"a frame says {length:,} bytes, which its parts do not have")
+    return Frame(kind, head[8 * count :], [_received(fill, size) for size in sizes])
 
 
-def encode(message: Message) -> bytes:
-    """Return a Flower message as a frame."""
+def encode(message: Message) -> list[Buffer]:
+    """Return a Flower message as the parts of a frame."""
     proto = ProtoMessage(metadata=metadata_to_proto(message.metadata))
-    buffers: list[bytes | memoryview] = []
+    buffers: list[Buffer] = []
     if message.has_error():
         proto.error.CopyFrom(error_to_proto(message.error))
     else:
@@ -166,35 +167,25 @@ def _bare(array: Array) -> Array:
     return Array(array.dtype, tuple(array.shape), array.stype, b"")
 
 
-def _declared_length(first: bytes) -> int:
-    if len(first) < _PREFIX.size:
-        raise FrameError(f"{len(first)} bytes are too few for a frame")
-    magic, kind, header, buffers, length = _PREFIX.unpack_from(first)
+def _received(fill: Fill, size: int) -> memoryview:
+    """Return bytes to read only, in memory of their own that nothing set to zero first."""
+    view = np.empty(size, np.uint8).data
+    fill(view)
+    return view.toreadonly()
+
+
+def _checked(prefix: bytearray, limit: int) -> tuple[Kind, int, int, int]:
+    """Return kind, header length, number of buffers and frame length of a prefix."""
+    magic, kind, header, buffers, length = _PREFIX.unpack(prefix)
     if magic != _MAGIC:
         raise FrameError("the bytes do not begin as a frame of this version")
     if kind not in set(Kind):
         raise FrameError(f"there is no frame of kind {kind}")
-    if header > MAX_HEADER or buffers > MAX_BUFFERS or length > MAX_FRAME:
+    if header > MAX_HEADER or buffers > MAX_BUFFERS or length > limit:
         raise FrameError(
             f"a frame of {length:,} bytes with a header of {header:,} bytes and {buffers:,} "
-            f"buffers is refused; at most {MAX_FRAME:,}, {MAX_HEADER:,} and {MAX_BUFFERS:,}"
+            f"buffers is refused; at most {limit:,}, {MAX_HEADER:,} and {MAX_BUFFERS:,}"
         )
-    if len(first) > length or length < _PREFIX.size + 8 * buffers + header:
+    if length < _PREFIX.size + 8 * buffers + header:
         raise FrameError(f"a frame says {length:,} bytes, which its parts do not have")
-    return int(length)
-
-
-def _unpack(frame: memoryview) -> Frame:
-    _, kind, header, count, length = _PREFIX.unpack_from(frame)
-    at = _PREFIX.size
-    sizes = struct.unpack_from(f"<{count}Q", frame, at)
-    at += 8 * count
-    if at + header + sum(sizes) != length:
-        raise FrameError(f"a frame says {length:,} bytes, which its parts do not have")
-    head = frame[at : at + header]
-    at += header
-    buffers = []
-    for size in sizes:
-        buffers.append(frame[at : at + size])
-        at += size
-    return Frame(Kind(kind), head, buffers)
+    return Kind(kind), header, buffers, length

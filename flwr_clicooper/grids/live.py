@@ -1,8 +1,8 @@
-"""A Flower ``Grid`` over gRPC streams that the clients open.
+"""A Flower ``Grid`` over connections that the clients open.
 
 The relay listens; each client dials from inside one long ``train.live`` handler, so
-clients need no open port. A stream carries one request at a time, which keeps the relay's
-memory to what the schedule has in flight. When a stream breaks and the client dials
+clients need no open port. A link carries one request at a time, which keeps the relay's
+memory to what the schedule has in flight. When a link breaks and the client dials
 again, the request without a reply is sent again, and the client answers it from memory if
 it had answered already.
 """
@@ -12,16 +12,18 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from contextlib import closing, suppress
+from logging import WARNING
+from typing import NamedTuple
 
-import grpc
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
@@ -29,29 +31,20 @@ from flwr_clicooper.errors import FrameError
 from flwr_clicooper.grids import frames
 from flwr_clicooper.grids.certificate import make_certificate
 from flwr_clicooper.grids.exchange import exchange
-from flwr_clicooper.grids.frames import Kind
+from flwr_clicooper.grids.frames import Buffer, Kind
+from flwr_clicooper.grids.wire import Wire, listen, server_tls
 
-METHOD = "/flwr_clicooper.Live/Link"
 TOKEN_BYTES = 32
-_SLACK = 2**20
-CHANNEL_OPTIONS = [
-    ("grpc.max_send_message_length", frames.CHUNK + _SLACK),
-    ("grpc.max_receive_message_length", frames.CHUNK + _SLACK),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.so_reuseport", 0),
-    # A link that broke is dialled anew; no memory of failed attempts may slow that down.
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-]
+MAX_CALLERS = 256
+"""Connections at the same time; further callers are turned away."""
+HELLO_BYTES = 4096
+"""What a caller may send before it has shown its token."""
+_LOOK_EVERY = 1.0
+_GRACE = 1.0
 
 
 class LiveGrid(Grid):
-    """Sends to linked nodes over streams, to all others by Flower's own grid.
+    """Sends to linked nodes over their links, to all others by Flower's own grid.
 
     Parameters
     ----------
@@ -83,41 +76,23 @@ class LiveGrid(Grid):
         self._replies: dict[str, Message] = {}
         self._closed = False
         self._look_again = 0.0
-        self._certificate = None if insecure else make_certificate()
-        # A thread per stream; refused callers need one for a moment.
-        self._server = grpc.server(
-            ThreadPoolExecutor(max_workers=256, thread_name_prefix="live"),
-            options=CHANNEL_OPTIONS,
-        )
-        handler = grpc.stream_stream_rpc_method_handler(self._serve)
-        service, method = METHOD.strip("/").split("/")
-        generic = grpc.method_handlers_generic_handler(service, {method: handler})
-        self._server.add_generic_rpc_handlers((generic,))
+        certificate = None if insecure else make_certificate()
+        self._certificate = certificate.certificate.decode() if certificate else ""
+        self._tls = server_tls(certificate) if certificate else None
+        self._callers = threading.BoundedSemaphore(MAX_CALLERS)
+        self._listener = listen(address, port)
         self.address = address
-        listen = f"{address}:{port}" if is_loopback(address) else f"[::]:{port}"
-        self.port = self._listen(listen)
-        self._server.start()
-
-    def _listen(self, listen: str) -> int:
-        try:
-            if self._certificate is None:
-                return int(self._server.add_insecure_port(listen))
-            pair = (self._certificate.key, self._certificate.certificate)
-            return int(
-                self._server.add_secure_port(listen, grpc.ssl_server_credentials([pair]))
-            )
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {listen}: {error}") from error
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, name="live-accept", daemon=True).start()
 
     # -- links -------------------------------------------------------------------
 
     def invite(self, node_id: int) -> dict[str, str | int]:
         """Return what a node needs to dial; it is good for this node and this run only."""
         link = self._links[node_id] = _Link(secrets.token_hex(TOKEN_BYTES))
-        certificate = self._certificate.certificate.decode() if self._certificate else ""
         return {
             "address": f"{self.address}:{self.port}",
-            "certificate": certificate,
+            "certificate": self._certificate,
             "token": link.token,
         }
 
@@ -126,9 +101,9 @@ class LiveGrid(Grid):
         self._links[node_id].invitation = invitation_id
 
     def linked(self) -> set[int]:
-        """Return the nodes whose stream is open."""
+        """Return the nodes whose link is open."""
         with self._changed:
-            return {node_id for node_id, link in self._links.items() if link.generation}
+            return {node_id for node_id, link in self._links.items() if link.wire}
 
     def wait(self, seconds: float) -> None:
         """Wait until a reply or a link comes, at most some seconds."""
@@ -155,7 +130,14 @@ class LiveGrid(Grid):
         while any(x.invitation for x in self._links.values()) and time.monotonic() < deadline:
             self.ended()
             time.sleep(0.05)
-        self._server.stop(grace=1).wait()
+        with suppress(OSError):  # wakes who waits in accept()
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        with self._changed:
+            self._changed.wait_for(lambda: not self.linked(), _GRACE)
+            for link in self._links.values():
+                if link.wire is not None:
+                    link.wire.hang_up()
 
     # -- Grid --------------------------------------------------------------------
 
@@ -232,34 +214,56 @@ class LiveGrid(Grid):
                     lost, link.request = link.request, None
                     self._replies[lost.message_id] = Message(error, reply_to=lost.message)
 
-    # -- a stream ----------------------------------------------------------------
+    # -- a connection ------------------------------------------------------------
 
-    def _serve(self, incoming: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        """Serve one stream in a thread of its own."""
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError as error:
+                if self._closed:
+                    return
+                log(WARNING, "a caller could not be taken: %s", error)
+                time.sleep(_LOOK_EVERY)
+                continue
+            if not self._callers.acquire(blocking=False):
+                connection.close()
+                continue
+            threading.Thread(
+                target=self._take, args=(connection,), name="live-link", daemon=True
+            ).start()
+
+    def _take(self, connection: socket.socket) -> None:
+        """Serve a connection to its end, in a thread of its own."""
         try:
-            link = self._admit(frames.read(incoming))
-        except (FrameError, StopIteration) as error:
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, f"refused: {error}")
-            return
-        generation = self._attach(link, context)
-        try:
-            while request := self._next(link, generation, context):
-                yield from frames.chunks(request.frame)
-                reply = frames.decode(frames.read(incoming))
-                self._resolve(link, request.message_id, reply)
-            if self._closed:
-                yield frames.pack(Kind.STOP, b"")
-        except FrameError as error:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"refused: {error}")
-        except StopIteration:
-            return  # the client closed the stream; it may dial again
+            with closing(Wire.answer(connection, self._tls)) as wire:
+                try:
+                    self._serve(wire)
+                except FrameError as error:
+                    wire.refuse(error)
+        except (OSError, EOFError):
+            return  # the caller hung up; it may dial again
         finally:
-            self._detach(link, generation)
+            self._callers.release()
+
+    def _serve(self, wire: Wire) -> None:
+        link = self._admit(wire.receive(HELLO_BYTES))
+        wire.send(frames.pack(Kind.HELLO, b""))
+        wire.greeted()
+        self._attach(link, wire)
+        try:
+            while request := self._next(link, wire):
+                wire.send(request.frame)
+                self._resolve(link, request.message_id, frames.decode(wire.receive()))
+            if self._closed:
+                wire.send(frames.pack(Kind.STOP, b""))
+        finally:
+            self._detach(link, wire)
 
     def _admit(self, hello: frames.Frame) -> _Link:
         """Return the link of a client that shows its token."""
         if hello.kind is not Kind.HELLO or hello.buffers:
-            raise FrameError("a stream begins with a hello")
+            raise FrameError("a link begins with a hello")
         try:
             said = json.loads(bytes(hello.header))
             node_id, token = said["node"], said["token"]
@@ -274,33 +278,29 @@ class LiveGrid(Grid):
             raise FrameError("the token is not the one of this node")
         return link
 
-    def _attach(self, link: _Link, context: Any) -> int:
+    def _attach(self, link: _Link, wire: Wire) -> None:
         with self._changed:
-            link.count += 1
-            link.generation = link.count
+            older, link.wire = link.wire, wire
             self._changed.notify_all()
-        context.add_callback(self._wake)
-        return link.count
+        if older is not None:
+            older.hang_up()
 
-    def _detach(self, link: _Link, generation: int) -> None:
+    def _detach(self, link: _Link, wire: Wire) -> None:
         with self._changed:
-            if link.generation == generation:
-                link.generation = 0
-            self._changed.notify_all()
-
-    def _wake(self) -> None:
-        with self._changed:
+            if link.wire is wire:
+                link.wire = None
             self._changed.notify_all()
 
-    def _next(self, link: _Link, generation: int, context: Any) -> _Request | None:
-        """Wait for the next request; None when the stream must end."""
+    def _next(self, link: _Link, wire: Wire) -> _Request | None:
+        """Wait for the next request; None when the link must end."""
         with self._changed:
-            while True:
-                if self._closed or link.generation != generation or not context.is_active():
-                    return None
+            while not self._closed and link.wire is wire:
                 if link.request is not None:
                     return link.request
-                self._changed.wait()
+                # A client says nothing unasked: whatever comes now is the end.
+                if not self._changed.wait(_LOOK_EVERY) and wire.has_news():
+                    return None
+        return None
 
     def _resolve(self, link: _Link, message_id: str, reply: Message) -> None:
         if reply.metadata.reply_to_message_id != message_id:
@@ -314,22 +314,21 @@ class LiveGrid(Grid):
 
 class _Request(NamedTuple):
     message_id: str
-    frame: bytes
+    frame: list[Buffer]
     message: Message
 
 
 class _Link:
     """What the relay knows of one node's link.
 
-    `generation` is the number of its open stream, 0 while there is none; a new stream
-    supersedes an older one. `request` stays until its reply has come. `invitation` is the
-    mailbox message that invited the node, while it has no reply.
+    `wire` is its connection, while there is one; a new one supersedes an older one.
+    `request` stays until its reply has come. `invitation` is the mailbox message that
+    invited the node, while it has no reply.
     """
 
     def __init__(self, token: str) -> None:
         self.token = token
-        self.count = 0
-        self.generation = 0
+        self.wire: Wire | None = None
         self.request: _Request | None = None
         self.invitation = ""
 
@@ -340,8 +339,3 @@ def _reason(reply: Message) -> str:
         return reply.error.reason or f"Flower error {reply.error.code}"
     records = reply.content.config_records
     return str(records["clicooper"].get("error", "")) if "clicooper" in records else ""
-
-
-def is_loopback(address: str) -> bool:
-    """Return whether an address is of this machine only."""
-    return address in ("localhost", "::1", "[::1]") or address.startswith("127.")

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import io
 import struct
-from collections.abc import Iterator
 
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
@@ -29,14 +29,27 @@ def message(data: list[bytes], text: str = "x") -> Message:
     return Message(RecordDict(records), 7, "train.forward", ttl=60.0, group_id="g")
 
 
-def parts(frame: bytes) -> Iterator[bytes]:
-    return iter(list(frames.chunks(frame)))
+def read(sent: bytes, limit: int = frames.MAX_FRAME) -> frames.Frame:
+    """Read one frame from bytes, after which the connection ends."""
+    return frames.read(filler(io.BytesIO(sent)), limit)
+
+
+def filler(stream: io.BytesIO) -> frames.Fill:
+    def fill(view: memoryview) -> None:
+        if stream.readinto(view) < len(view):
+            raise EOFError
+
+    return fill
+
+
+def whole(frame: list[frames.Buffer]) -> bytes:
+    return b"".join(frame)
 
 
 @given(data=st.lists(st.binary(max_size=300), max_size=5), text=st.text(max_size=20))
 def test_messages_arrive_as_they_were_sent(data: list[bytes], text: str) -> None:
     sent = message(data, text)
-    got = frames.decode(frames.read(parts(frames.encode(sent))))
+    got = frames.decode(read(whole(frames.encode(sent))))
     assert got.metadata == sent.metadata
     assert got.content["clicooper"] == sent.content["clicooper"]
     assert got.content["metrics"] == sent.content["metrics"]
@@ -44,30 +57,31 @@ def test_messages_arrive_as_they_were_sent(data: list[bytes], text: str) -> None
     assert [a.shape for a in got.content["arrays"].values()] == [(len(d),) for d in data]
 
 
-def test_large_frames_travel_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frames, "CHUNK", 100)
-    data = [bytes(range(256)) * 4, b"", b"end"]
-    frame = frames.encode(message(data))
-    assert len(list(frames.chunks(frame))) == -(-len(frame) // 100)
-    stream = iter([*frames.chunks(frame), *frames.chunks(frame)])
+def test_frames_follow_each_other() -> None:
+    data = [bytes(range(256)) * 400, b"", b"end"]
+    frame = whole(frames.encode(message(data)))
+    fill = filler(io.BytesIO(frame + frame))
     for _ in range(2):
-        got = frames.decode(frames.read(stream))
+        got = frames.decode(frames.read(fill))
         assert [bytes(a.data) for a in got.content["arrays"].values()] == data
-    with pytest.raises(StopIteration):
-        frames.read(stream)
+    with pytest.raises(EOFError):
+        frames.read(fill)
 
 
-def test_arrays_are_views_of_what_arrived() -> None:
-    frame = frames.encode(message([b"a" * 1000]))
-    (array,) = frames.decode(frames.read(parts(frame))).content["arrays"].values()
+def test_long_arrays_are_sent_from_where_they_lie_and_read_only_where_they_arrive() -> None:
+    sent = message([b"a" * 100_000, b"short", b"b" * 70_000])
+    frame = frames.encode(sent)
+    long = [array.data for array in sent.content["arrays"].values() if len(array.data) > 100]
+    assert [part for part in frame if any(part is data for data in long)] == long
+    assert len(frame) == 4  # header, long, short, long
+    (array, *_) = frames.decode(read(whole(frame))).content["arrays"].values()
     assert isinstance(array.data, memoryview)
-    assert array.data.obj is frame
     assert array.data.readonly
 
 
 def test_errors_travel() -> None:
     sent = Message(Error(code=3, reason="why"), reply_to=message([]))
-    got = frames.decode(frames.read(parts(frames.encode(sent))))
+    got = frames.decode(read(whole(frames.encode(sent))))
     assert got.error.reason == "why"
 
 
@@ -80,24 +94,35 @@ def head(
 @pytest.mark.parametrize(
     ("sent", "reason"),
     [
-        ([b""], "too few"),
-        ([b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"], "do not begin as a frame"),
-        ([head(kind=9)], "no frame of kind 9"),
-        ([head(size=2**62)], "is refused"),
-        ([head(header=2**31, size=2**31)], "is refused"),
-        ([head(n=2**31, size=2**31)], "is refused"),
-        ([head(n=1)], "which its parts do not have"),
-        ([head() + b"more"], "which its parts do not have"),
-        ([head(size=30) + b"x", b""], "other bytes in it"),
-        ([head(size=30) + b"x", b"y" * 30], "other bytes in it"),
-        ([head(n=1, size=37) + struct.pack("<Q", 2**63) + b"x" * 8], "do not have"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "do not begin as a frame"),
+        (head(kind=9), "no frame of kind 9"),
+        (head(size=2**62), "is refused"),
+        (head(header=2**31, size=2**31), "is refused"),
+        (head(n=2**31, size=2**31), "is refused"),
+        (head(n=1), "which its parts do not have"),
+        (head(size=30), "which its parts do not have"),
+        (head(n=1, size=37) + struct.pack("<Q", 2**63) + b"x" * 8, "do not have"),
+        (head(n=1, size=37) + struct.pack("<Q", 7) + b"x" * 8, "do not have"),
     ],
 )
 def test_what_is_not_a_frame_is_refused_before_it_is_allocated(
-    sent: list[bytes], reason: str
+    sent: bytes, reason: str
 ) -> None:
     with pytest.raises(FrameError, match=reason):
-        frames.read(iter(sent))
+        read(sent)
+
+
+@pytest.mark.parametrize("sent", [b"", b"CCF1", head(size=22, header=1)])
+def test_a_frame_that_breaks_off_is_the_end_of_the_connection(sent: bytes) -> None:
+    with pytest.raises(EOFError):
+        read(sent)
+
+
+def test_a_limit_holds_for_the_frame_at_hand() -> None:
+    frame = whole(frames.pack(Kind.HELLO, b"x" * 100))
+    assert len(read(frame, 121).header) == 100
+    with pytest.raises(FrameError, match="at most 120"):
+        read(frame, 120)
 
 
 def test_a_frame_that_is_too_large_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,9 +135,9 @@ def test_a_frame_that_is_too_large_is_not_sent(monkeypatch: pytest.MonkeyPatch) 
     ("header", "buffers"), [(b"\xff\xff\xff", []), (b"", []), (b"", [b"stray"])]
 )
 def test_headers_that_are_no_message_are_refused(header: bytes, buffers: list[bytes]) -> None:
-    frame = frames.pack(Kind.MESSAGE, header, buffers)
+    frame = whole(frames.pack(Kind.MESSAGE, header, buffers))
     with pytest.raises(FrameError):
-        frames.decode(frames.read(iter([frame])))
+        frames.decode(read(frame))
 
 
 @settings(max_examples=4000, deadline=None)
@@ -126,12 +151,12 @@ def test_headers_that_are_no_message_are_refused(header: bytes, buffers: list[by
 def test_thousands_of_mutated_frames_are_read_or_refused_by_name(
     edits: list[tuple[int, int]], cut: int, more: bytes
 ) -> None:
-    frame = bytearray(frames.encode(message([b"abc" * 9, b"z"])))
+    frame = bytearray(whole(frames.encode(message([b"abc" * 9, b"z"]))))
     for place, value in edits:
         frame[place % len(frame)] = value
     sent = bytes(frame[: len(frame) - cut]) + more
     try:
-        got = frames.decode(frames.read(iter([sent])))
-    except (FrameError, StopIteration):
+        got = frames.decode(read(sent))
+    except (FrameError, EOFError):
         return
     assert isinstance(got, Message)
