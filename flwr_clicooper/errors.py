@@ -38,12 +38,14 @@ class StateError(CooperError):
 class ClientError(CooperError):
     """A client answered with an error; the text names the client and its reason.
 
-    ``node_id`` is the client, or 0 where it is not known.
+    ``node_id`` is the client, or 0 where it is not known. ``refused`` says that the client
+    found a fault in what it got, and would find it again.
     """
 
-    def __init__(self, text: str, node_id: int = 0) -> None:
+    def __init__(self, text: str, node_id: int = 0, *, refused: bool = False) -> None:
         super().__init__(text)
         self.node_id = node_id
+        self.refused = refused
 
 
 class ClientTimeoutError(ClientError):

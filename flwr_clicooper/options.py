@@ -35,6 +35,13 @@ def _is_number(value: Any) -> bool:
     return (isinstance(value, float) or _is_int(value)) and math.isfinite(value)
 
 
+def _is_place(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    host, _, port = value.rpartition(":")
+    return not value or (bool(host) and port.isdecimal() and int(port) <= 65535)
+
+
 def _choice(*names: str) -> Rule:
     return Rule("one of " + ", ".join(repr(n) for n in names), lambda v: v in names)
 
@@ -98,8 +105,8 @@ class Options:
         "live",
         _choice("live", "mailbox"),
         "",
-        "how messages travel: streams that the clients open to the relay, or Flower's own "
-        "messages; without a stream the run goes on by mailbox",
+        "how messages travel: connections that the clients open to the relay, or Flower's "
+        "own messages; without a link the run goes on by mailbox",
     )
     live_address: str = _option(
         "127.0.0.1",
@@ -114,14 +121,26 @@ class Options:
         "",
         "port of the relay; 0 takes a free one",
     )
+    live_listen: str = _option(
+        "",
+        Rule("`host:port`, or empty for the two above", _is_place),
+        "",
+        "where the relay listens if clients dial it through a forwarder or NAT",
+    )
     live_insecure: bool = _option(
-        False, _FLAG, "", "streams without TLS: everything crosses the network in the clear"
+        False, _FLAG, "", "links without TLS: everything crosses the network in the clear"
     )
     seed: int = _option(
         0, _SEED, "", "initial weights, order of records, dropout; it is public"
     )
     timeout: float = _option(
         600.0, _POSITIVE, "seconds", "longest wait for one answer, and for the chain to form"
+    )
+    owner_timeout: float = _option(
+        86400.0,
+        _POSITIVE,
+        "seconds",
+        "longest wait at delivery for an owner that went offline after its release",
     )
     run_dir: str = _option("runs", _PATH, "", "folder that gets one folder per run")
     resume: str = _option(
@@ -195,7 +214,15 @@ class Options:
 
     def agreed(self) -> dict[str, Any]:
         """Return the options on which relay and parties must agree."""
-        local = {"num-rounds", "timeout", "run-dir", "data-dir", "link", "resume"}
+        local = {
+            "num-rounds",
+            "timeout",
+            "owner-timeout",
+            "run-dir",
+            "data-dir",
+            "link",
+            "resume",
+        }
         own = self.as_config().items()
         return {k: v for k, v in own if k not in local and not k.startswith("live-")}
 

@@ -37,7 +37,11 @@ def link_up(grid: Grid, options: Options, names: Mapping[int, str]) -> LiveGrid 
         return None
     try:
         live = LiveGrid(
-            grid, options.live_address, options.live_port, insecure=options.live_insecure
+            grid,
+            options.live_address,
+            options.live_port,
+            listen_on=options.live_listen,
+            insecure=options.live_insecure,
         )
     except OSError as error:
         log(WARNING, "no live links (%s); going on by mailbox", error)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from flwr_clicooper.errors import CooperError, MessageError
+from flwr_clicooper.errors import CooperError, MessageError, StateError
 
 HEADER = "clicooper"
 PROTOCOL = 1
@@ -143,14 +143,16 @@ def answer(
 def refusal(message: Message, error: BaseException) -> Message:
     """Return a reply that carries an error.
 
-    The text of our own errors travels. Of any other exception only the type and the
+    The text of our own errors travels; all of them but a lost state are refusals, which
+    the same message would meet again. Of any other exception only the type and the
     place travel, since its text may hold data; the client's log has it in full.
     """
     if isinstance(error, CooperError):
         text = str(error)
     else:
         text = f"{type(error).__name__} at {_place(error)}; its text is in that client's log"
-    return answer(message, {"error": text, "error-type": type(error).__name__})
+    refused = isinstance(error, CooperError) and not isinstance(error, StateError)
+    return answer(message, {"error": text, "refused": refused})
 
 
 def _place(error: BaseException) -> str:

@@ -12,12 +12,21 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from flwr_clicooper.chain.checkpoint import Checkpoint
-from flwr_clicooper.chain.messages import ACTIVATIONS, ESCROW, LABELS, WEIGHTS, Action
+from flwr_clicooper.chain.messages import (
+    ACTIVATIONS,
+    ESCROW,
+    LABELS,
+    WEIGHTS,
+    Action,
+    Header,
+)
 from flwr_clicooper.chain.pipeline import Pipeline, Seat
 from flwr_clicooper.chain.progress import StepProgress, size
 from flwr_clicooper.chain.relay import Records, Relay, required
-from flwr_clicooper.chain.roster import Roster
+from flwr_clicooper.chain.roster import Roster, find_owner
 from flwr_clicooper.chain.rundir import RunFolder
+from flwr_clicooper.chain.spent import Spent
+from flwr_clicooper.grids.live import LiveGrid
 from flwr_clicooper.options import Options
 from flwr_clicooper.split.batches import BatchPlan
 
@@ -55,9 +64,11 @@ class ChainRun:
         self.owner = roster.owner
         self.trainers = [roster.trainers[stage] for stage in sorted(roster.trainers)]
         self.standbys = roster.standbys
-        self.relay = Relay(grid, roster.names(), options.timeout)
+        self.names = roster.names()
+        self.relay = Relay(grid, self.names, options.timeout)
         self.seats = self._seats()
         self.progress: StepProgress | None = None
+        self.spent = Spent(self.relay.traffic)
 
     def _seats(self) -> list[Seat]:
         seats = [Seat(stage, node) for stage, node in enumerate(self.trainers, start=1)]
@@ -74,20 +85,14 @@ class ChainRun:
 
         With a closed round in ``start``, everybody goes on from there.
         """
-        count = len(self.trainers)
-        common = {
-            "trainers": count,
+        self._common = {
+            "trainers": len(self.trainers),
             "rounds": self.rounds,
             "options": json.dumps(self.options.agreed()),
+            **_resume_fields(start),
         }
-        own = [0, count + 1] if self.options.label_side == "owner" else [0]
-        facts, _ = self.relay.ask(
-            self.owner,
-            Action.SETUP,
-            common | _resume_fields(start),
-            _initial(initial_arrays, own),
-            persist=True,
-        )
+        self._initial = initial_arrays
+        facts = self._set_up_owner()
         self.records = facts.get("records", int)
         self.chunk_records = facts.get("chunk-records", int)
         options = self.options
@@ -104,7 +109,7 @@ class ChainRun:
         log(INFO, "\t%s: head, gives %s", self.relay.names[self.owner], " and ".join(cuts[0]))
         for stage, node_id in enumerate(self.trainers, start=1):
             fields: dict[str, Any] = {
-                **common,
+                **self._common,
                 "stage": stage,
                 "records": self.records,
                 "chunk-records": self.chunk_records,
@@ -138,6 +143,16 @@ class ChainRun:
                 "standbys": [str(n) for n in self.standbys],
             }
         )
+
+    def _set_up_owner(self) -> Header:
+        """Set the owner up; return what it says of its data and of the model."""
+        count = len(self.trainers)
+        own = [0, count + 1] if self.options.label_side == "owner" else [0]
+        weights = _initial(self._initial, own)
+        facts, _ = self.relay.ask(
+            self.owner, Action.SETUP, self._common, weights, persist=True
+        )
+        return facts
 
     # -- release: once, before training --------------------------------------------
 
@@ -177,6 +192,7 @@ class ChainRun:
     def train_round(self, round_: int) -> dict[str, float]:
         """Train one epoch; return its metrics."""
         started = time.monotonic()
+        self.spent.begin()
         train = self._local_round if self.options.schedule == "local" else self._lockstep_round
         loss = train(round_)
         self._close(round_)
@@ -192,8 +208,9 @@ class ChainRun:
             round=round_,
             **metrics,
             messages=traffic.messages,
+            redials=self.grid.redials() if isinstance(self.grid, LiveGrid) else 0,
             link_bytes=dict(traffic.link_bytes),
-            compute_seconds=dict(traffic.compute),
+            parties=self.spent.end(seconds),
         )
         return metrics
 
@@ -272,6 +289,7 @@ class ChainRun:
         model : str
             Path of the model on the owner's machine.
         """
+        self._await_owner()
         for stage, node_id in enumerate(self.trainers, start=1):
             header, given = self.relay.ask(node_id, Action.DELIVER, {})
             weights = required(given, WEIGHTS, self.relay.names[node_id])
@@ -286,6 +304,22 @@ class ChainRun:
         }
         self.folder.note("delivery", **metrics)
         return metrics, header.get("model", str)
+
+    def _await_owner(self) -> None:
+        """Wait until the owner is there: it may have gone offline after its release.
+
+        An owner that comes back as another node is set up anew; its head never trained.
+        """
+        if any(seat.node_id == self.owner for seat in self.seats):
+            return
+        found = find_owner(self.grid, self.owner, self.options.owner_timeout)
+        if found == self.owner:
+            return
+        log(INFO, "The owner is back as node %d", found)
+        self.folder.note("owner-back", was=self.owner, now=found)
+        self.owner = found
+        self.names[found] = f"owner (node {found})"
+        self._set_up_owner()
 
     def finish(self) -> None:
         """Let every party delete its state of the run.

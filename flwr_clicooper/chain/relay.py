@@ -33,11 +33,15 @@ class Traffic:
         Tensor bytes by link, such as ``"owner -> trainer 1"``.
     compute : dict of str to float
         Seconds inside a party's handlers, by party.
+    asked : dict of str to float
+        Seconds from a request to its reply, by party: computing and travelling.
     """
 
     messages: int = 0
     link_bytes: Counter[str] = field(default_factory=Counter)
     compute: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    asked: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
     def total_bytes(self) -> int:
@@ -64,6 +68,7 @@ class Relay:
         self.persist = not getattr(grid, "warm", False)
         self.traffic = Traffic()
         self.busy: set[int] = set()
+        self._sent_at: dict[int, float] = {}
         self._versions: Counter[int] = Counter()
 
     def send(
@@ -85,6 +90,7 @@ class Relay:
         ttl = self.exchange.timeout + 60.0
         message = instruction(action, node_id, header, records, ttl=ttl)
         self.busy.add(node_id)
+        self._sent_at[node_id] = time.monotonic()
         self.traffic.messages += 1
         return self.exchange.push(message)
 
@@ -103,9 +109,9 @@ class Relay:
             self.busy.discard(node_id)
             header = check_answer(reply, self.names[node_id], node_id)
             self._versions[node_id] = header.optional("version", self._versions[node_id])
-            self.traffic.compute[_short(self.names[node_id])] += header.optional(
-                "seconds", 0.0
-            )
+            party = _short(self.names[node_id])
+            self.traffic.compute[party] += header.optional("seconds", 0.0)
+            self.traffic.asked[party] += time.monotonic() - self._sent_at[node_id]
             records = dict(reply.content.array_records)
             found.append((message_id, header, records))
         return found
@@ -162,7 +168,8 @@ def check_answer(reply: Message, name: str, node_id: int = 0) -> Header:
         raise ClientError(f"{name} failed at {action}: {reason}", node_id)
     header = Header.of(reply, name)
     if "error" in header:
-        raise ClientError(f"{name} failed at {action}: {header.get('error', str)}", node_id)
+        text = f"{name} failed at {action}: {header.get('error', str)}"
+        raise ClientError(text, node_id, refused=header.optional("refused", False))
     return header
 
 

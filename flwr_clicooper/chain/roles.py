@@ -72,8 +72,8 @@ def run_folder(options: Options, run_id: int | str) -> Path:
     return Path(options.run_dir).expanduser().absolute() / str(run_id)
 
 
-def state_folder(options: Options, context: Context) -> Path:
-    """Return the folder of this node's state in this run.
+def state_folder(options: Options, context: Context, run_id: int | str) -> Path:
+    """Return the folder of this node's state in a run.
 
     Raises
     ------
@@ -82,9 +82,9 @@ def state_folder(options: Options, context: Context) -> Path:
     """
     given = context.node_config.get("state-dir")
     if given is None:
-        root = run_folder(options, context.run_id) / "state"
+        root = run_folder(options, run_id) / "state"
     elif isinstance(given, str) and given:
-        root = Path(given).expanduser().absolute() / str(context.run_id)
+        root = Path(given).expanduser().absolute() / str(run_id)
     else:
         raise OptionError(f"node-config 'state-dir' is {given!r}; allowed is a path")
     return root / f"node-{context.node_id}"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from logging import INFO, WARNING
 
 from flwr.common.constant import ErrorCode
+from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from flwr_clicooper.chain.messages import PROTOCOL, Action, Header, instruction
 from flwr_clicooper.chain.relay import check_answer
 from flwr_clicooper.chain.roles import OWNER, STANDBY
-from flwr_clicooper.errors import RoleError
+from flwr_clicooper.errors import ClientTimeoutError, CooperError, RoleError
 from flwr_clicooper.grids.exchange import Exchange
 
 _POLL = 0.05
@@ -169,6 +171,49 @@ def discover(grid: Grid, timeout: float, say: Callable[[str], None]) -> Roster:
             mute = f"; no answer yet from {_nodes(flight.waiting_for)}" if len(flight) else ""
             say(f"waiting for {', '.join(missing) or 'standbys'}{mute}")
         time.sleep(_POLL)
+
+
+def find_owner(grid: Grid, owner: int, timeout: float) -> int:
+    """Return the node that is the owner now; wait for one if there is none.
+
+    Parameters
+    ----------
+    grid : Grid
+        Any Flower grid.
+    owner : int
+        Who it was. It is asked again and again, and everyone who joins is asked too.
+    timeout : float
+        Seconds to wait.
+
+    Raises
+    ------
+    ClientTimeoutError
+        No owner came in time.
+    """
+    flight, asked = Exchange(grid, timeout), set(grid.get_node_ids()) - {owner}
+    started = time.monotonic()
+    ask_again = remind = started
+    while (now := time.monotonic()) - started < timeout:
+        if now >= ask_again:
+            ask_again = now + _REMIND
+            asked.discard(owner)
+        here = set(grid.get_node_ids())
+        for node_id in here - asked:
+            asked.add(node_id)
+            flight.push(instruction(Action.HELLO, node_id, {}, ttl=timeout))
+        for _, node_id, reply in flight.poll():
+            try:
+                if check_answer(reply, f"node {node_id}").get("role", str) == OWNER:
+                    return node_id
+            except CooperError as error:
+                log(WARNING, "%s", error)
+        if now >= remind + _REMIND:
+            remind = now
+            log(INFO, "waiting for the owner (node %d) to take delivery", owner)
+        time.sleep(_POLL)
+    raise ClientTimeoutError(
+        f"no owner came within {timeout:g} s to take delivery (option 'owner-timeout')", owner
+    )
 
 
 def _nodes(node_ids: list[int]) -> str:

@@ -66,6 +66,8 @@ def _set_up(session: Session, header: Header, message: Message) -> tuple[Worker,
     if header.get("version", int) != 0:
         raise MessageError("setup comes first: its version must be 0")
     _check_agreement(session, header)
+    if "resume-run" in header:
+        session.store(header.get("resume-run", str)).remove()  # what the lost run left
     store = session.store()
     store.create()
     CACHE.revive(session.key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from logging import ERROR, INFO, WARNING
+from logging import ERROR, INFO
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from flwr_clicooper.chain.checkpoint import Checkpoint
 from flwr_clicooper.chain.linking import link_up
 from flwr_clicooper.chain.phases import ChainRun
 from flwr_clicooper.chain.progress import size
+from flwr_clicooper.chain.recovery import Recovery
 from flwr_clicooper.chain.roles import run_folder
 from flwr_clicooper.chain.roster import Roster, discover
 from flwr_clicooper.chain.rundir import RunFolder
@@ -152,33 +153,26 @@ class CooperStrategy(Strategy):
         start: Checkpoint,
         initial_arrays: ArrayRecord | None,
     ) -> CooperResult:
-        """Run the chain; when a trainer is lost, hand its stage to a standby and go on."""
+        """Run the chain; when a party fails, go on from the last closed round."""
         result = CooperResult(run_dir=folder.path)
+        recovery = Recovery(grid, roster, folder)
         while True:
             live = link_up(grid, options, roster.names())
             run = ChainRun(live or grid, options, roster, folder)
             try:
-                self._run(run, start, initial_arrays, result)
-                return result
-            except BaseException as error:
-                run.abandon()
-                lost = error.node_id if isinstance(error, ClientError) else 0
-                standby = roster.promote(lost)
-                if not standby:
+                try:
+                    self._run(run, start, initial_arrays, result)
+                    return result
+                except BaseException:
+                    run.abandon()
                     raise
+                finally:
+                    if live is not None:
+                        live.close()
+            except ClientError as error:
                 start = run.checkpoint if run.checkpoint.round else start
-                log(WARNING, "%s", error)
-                log(
-                    WARNING,
-                    "node %d takes over from node %d; going on after round %d",
-                    standby,
-                    lost,
-                    start.round,
-                )
-                folder.note("hand-over", lost=lost, standby=standby, after=start.round)
-            finally:
-                if live is not None:
-                    live.close()
+                if not recovery.goes_on(error, start.round):
+                    raise
 
     def _run(
         self,
@@ -213,8 +207,9 @@ class CooperStrategy(Strategy):
         log(INFO, "\ttime                %.1f s, %d messages", seconds, traffic.messages)
         for link, nbytes in traffic.link_bytes.items():
             log(INFO, "\tsent %-24s %s", link, size(nbytes))
-        for name, value in traffic.compute.items():
-            log(INFO, "\tin handlers %-17s %.1f s", name, value)
+        for party, share in run.spent.shares().items():
+            text = ", ".join(f"{what} {part:.0%}" for what, part in share.items())
+            log(INFO, "\ttraining, %-13s %s", party, text)
         log(INFO, "\tmodel (owner's machine) %s", model)
         log(INFO, "\trun directory           %s", run.folder.path)
 

@@ -61,9 +61,10 @@ class Session:
         """What the process cache knows this node by."""
         return self.context.run_id, self.context.node_id
 
-    def store(self) -> StateStore:
-        """Return the node's state on disk."""
-        return StateStore(state_folder(self.options, self.context))
+    def store(self, run_id: int | str = "") -> StateStore:
+        """Return the node's state on disk, of this run or of another."""
+        run_id = run_id or self.context.run_id
+        return StateStore(state_folder(self.options, self.context, run_id))
 
     def batch_plan(self, records: int) -> BatchPlan:
         """Return the public order of the run's batches."""

@@ -55,6 +55,9 @@ class LiveGrid(Grid):
         interfaces.
     port : int
         Port to listen on; 0 takes a free one.
+    listen_on : str
+        ``host:port`` to listen on, where clients dial another address or port that a
+        forwarder brings here.
     insecure : bool
         Without TLS. Tensors and tokens then cross the network in the clear.
 
@@ -68,7 +71,13 @@ class LiveGrid(Grid):
     """A linked node stays in one process."""
 
     def __init__(
-        self, grid: Grid, address: str = "127.0.0.1", port: int = 0, *, insecure: bool = False
+        self,
+        grid: Grid,
+        address: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        listen_on: str = "",
+        insecure: bool = False,
     ) -> None:
         self.mailbox = grid
         self._changed = threading.Condition()
@@ -80,16 +89,20 @@ class LiveGrid(Grid):
         self._certificate = certificate.certificate.decode() if certificate else ""
         self._tls = server_tls(certificate) if certificate else None
         self._callers = threading.BoundedSemaphore(MAX_CALLERS)
-        self._listener = listen(address, port)
+        if listen_on:
+            host, own_port = listen_on.rsplit(":", 1)
+            self._listener = listen(host, int(own_port), exactly=True)
+        else:
+            self._listener = listen(address, port)
         self.address = address
-        self.port: int = self._listener.getsockname()[1]
+        self.port: int = port or self._listener.getsockname()[1]
         threading.Thread(target=self._accept, name="live-accept", daemon=True).start()
 
     # -- links -------------------------------------------------------------------
 
     def invite(self, node_id: int) -> dict[str, str | int]:
         """Return what a node needs to dial; it is good for this node and this run only."""
-        link = self._links[node_id] = _Link(secrets.token_hex(TOKEN_BYTES))
+        link = self._links[node_id] = _Link(node_id, secrets.token_hex(TOKEN_BYTES))
         return {
             "address": f"{self.address}:{self.port}",
             "certificate": self._certificate,
@@ -104,6 +117,11 @@ class LiveGrid(Grid):
         """Return the nodes whose link is open."""
         with self._changed:
             return {node_id for node_id, link in self._links.items() if link.wire}
+
+    def redials(self) -> int:
+        """Return how often links broke and came back."""
+        with self._changed:
+            return sum(max(0, link.dialled - 1) for link in self._links.values())
 
     def wait(self, seconds: float) -> None:
         """Wait until a reply or a link comes, at most some seconds."""
@@ -210,6 +228,7 @@ class LiveGrid(Grid):
             reason = f"the node left the live link: {_reason(reply)}"
             error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
             with self._changed:
+                del self._links[node_id]  # what comes next goes by mailbox
                 if link.request is not None:
                     lost, link.request = link.request, None
                     self._replies[lost.message_id] = Message(error, reply_to=lost.message)
@@ -281,15 +300,21 @@ class LiveGrid(Grid):
     def _attach(self, link: _Link, wire: Wire) -> None:
         with self._changed:
             older, link.wire = link.wire, wire
+            link.dialled += 1
             self._changed.notify_all()
+        if link.dialled > 1:
+            log(WARNING, "the live link of node %d is back", link.node_id)
         if older is not None:
             older.hang_up()
 
     def _detach(self, link: _Link, wire: Wire) -> None:
         with self._changed:
+            broke = link.wire is wire and not self._closed
             if link.wire is wire:
                 link.wire = None
             self._changed.notify_all()
+        if broke:
+            log(WARNING, "the live link of node %d broke", link.node_id)
 
     def _next(self, link: _Link, wire: Wire) -> _Request | None:
         """Wait for the next request; None when the link must end."""
@@ -321,13 +346,16 @@ class _Request(NamedTuple):
 class _Link:
     """What the relay knows of one node's link.
 
-    `wire` is its connection, while there is one; a new one supersedes an older one.
+    `dialled` counts its connections. `wire` is the one that is open, if one is; a new one
+    supersedes an older one.
     `request` stays until its reply has come. `invitation` is the mailbox message that
     invited the node, while it has no reply.
     """
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, node_id: int, token: str) -> None:
+        self.node_id = node_id
         self.token = token
+        self.dialled = 0
         self.wire: Wire | None = None
         self.request: _Request | None = None
         self.invitation = ""

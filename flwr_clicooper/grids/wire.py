@@ -18,7 +18,6 @@ from flwr_clicooper.grids.frames import Buffer, Frame, Kind
 GREETING_TIMEOUT = 10.0
 """Seconds for the TLS handshake and the hellos."""
 _FAREWELL_TIMEOUT = 1.0
-_BUFFER = 4 * 2**20
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A peer whose machine vanished is noticed after 25 seconds."""
 
@@ -143,8 +142,13 @@ class Wire:
         self._socket.close()
 
 
-def listen(address: str, port: int) -> socket.socket:
+def listen(address: str, port: int, *, exactly: bool = False) -> socket.socket:
     """Return a socket that listens: on loopback for a loopback address, else everywhere.
+
+    Parameters
+    ----------
+    exactly : bool
+        Listen on the address itself, whichever it is.
 
     Raises
     ------
@@ -152,7 +156,7 @@ def listen(address: str, port: int) -> socket.socket:
         The port is not free.
     """
     try:
-        if is_loopback(address):
+        if exactly or is_loopback(address):
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             return socket.create_server((address.strip("[]"), port), family=family)
         if socket.has_dualstack_ipv6():
@@ -183,7 +187,6 @@ def is_loopback(address: str) -> bool:
 def _tune(connection: socket.socket) -> None:
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
     for name, value in _KEEP_ALIVE.items():
         if hasattr(socket, name):  # not on every system
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -60,13 +60,15 @@ def test_clean_release_happens_once_and_the_owner_may_then_leave(tmp_path: Path)
         "query.hello",
         "train.setup",
         "train.release",
+        "query.hello",  # is it there to take delivery?
         "train.collect",
         "train.collect",
         "evaluate.delivered",
         "train.finish",
     ]
     training = [a for _, a, _, _ in wire.seen]
-    first, last = training.index("train.forward"), training.index("query.deliver")
+    first, last = training.index("train.forward"), training.index("query.hello", 5)
+    assert last > first
     assert all(node != OWNER for node, _, _, _ in wire.seen[first:last])
 
 
@@ -209,7 +211,8 @@ def test_more_than_one_chunk_of_release_changes_nothing(
     wire, _, chunked = run(tmp_path, LinearTask(2), num_rounds=1, batch_size=16)
     assert [a for _, a, _, _ in wire.seen].count("train.release") == 14
     assert whole.run_dir
-    assert step_losses(whole.run_dir) == step_losses(chunked.run_dir)
+    # Matrix products of another number of rows may round differently.
+    assert step_losses(whole.run_dir) == pytest.approx(step_losses(chunked.run_dir), abs=1e-6)
 
 
 # -- starting ------------------------------------------------------------------------
