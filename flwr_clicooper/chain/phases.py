@@ -61,6 +61,7 @@ class ChainRun:
         self.folder = folder
         self.checkpoint = Checkpoint(folder.path)
         self.rounds = options.num_rounds
+        self.roster = roster
         self.owner = roster.owner
         self.trainers = [roster.trainers[stage] for stage in sorted(roster.trainers)]
         self.standbys = roster.standbys
@@ -144,13 +145,13 @@ class ChainRun:
             }
         )
 
-    def _set_up_owner(self) -> Header:
+    def _set_up_owner(self, **more: int) -> Header:
         """Set the owner up; return what it says of its data and of the model."""
         count = len(self.trainers)
         own = [0, count + 1] if self.options.label_side == "owner" else [0]
         weights = _initial(self._initial, own)
         facts, _ = self.relay.ask(
-            self.owner, Action.SETUP, self._common, weights, persist=True
+            self.owner, Action.SETUP, self._common | more, weights, persist=True
         )
         return facts
 
@@ -312,14 +313,14 @@ class ChainRun:
         """
         if any(seat.node_id == self.owner for seat in self.seats):
             return
-        found = find_owner(self.grid, self.owner, self.options.owner_timeout)
+        found = find_owner(self.grid, self.roster, self.options.owner_timeout)
         if found == self.owner:
             return
         log(INFO, "The owner is back as node %d", found)
         self.folder.note("owner-back", was=self.owner, now=found)
-        self.owner = found
+        was, self.owner = self.owner, found
         self.names[found] = f"owner (node {found})"
-        self._set_up_owner()
+        self._set_up_owner(replaces=was)
 
     def finish(self) -> None:
         """Let every party delete its state of the run.

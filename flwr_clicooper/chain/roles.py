@@ -72,8 +72,8 @@ def run_folder(options: Options, run_id: int | str) -> Path:
     return Path(options.run_dir).expanduser().absolute() / str(run_id)
 
 
-def state_folder(options: Options, context: Context, run_id: int | str) -> Path:
-    """Return the folder of this node's state in a run.
+def state_folder(options: Options, context: Context, run_id: int | str, node_id: int) -> Path:
+    """Return the folder of a node's state in a run, on the machine of the context.
 
     Raises
     ------
@@ -87,4 +87,4 @@ def state_folder(options: Options, context: Context, run_id: int | str) -> Path:
         root = Path(given).expanduser().absolute() / str(run_id)
     else:
         raise OptionError(f"node-config 'state-dir' is {given!r}; allowed is a path")
-    return root / f"node-{context.node_id}"
+    return root / f"node-{node_id}"

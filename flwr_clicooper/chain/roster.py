@@ -173,15 +173,15 @@ def discover(grid: Grid, timeout: float, say: Callable[[str], None]) -> Roster:
         time.sleep(_POLL)
 
 
-def find_owner(grid: Grid, owner: int, timeout: float) -> int:
+def find_owner(grid: Grid, roster: Roster, timeout: float) -> int:
     """Return the node that is the owner now; wait for one if there is none.
 
     Parameters
     ----------
     grid : Grid
         Any Flower grid.
-    owner : int
-        Who it was. It is asked again and again, and everyone who joins is asked too.
+    roster : Roster
+        Its owner is asked again and again, and everyone who joined since is asked too.
     timeout : float
         Seconds to wait.
 
@@ -190,7 +190,8 @@ def find_owner(grid: Grid, owner: int, timeout: float) -> int:
     ClientTimeoutError
         No owner came in time.
     """
-    flight, asked = Exchange(grid, timeout), set(grid.get_node_ids()) - {owner}
+    owner, flight = roster.owner, Exchange(grid, timeout)
+    asked = roster.known - {owner}
     started = time.monotonic()
     ask_again = remind = started
     while (now := time.monotonic()) - started < timeout:

@@ -66,8 +66,11 @@ def _set_up(session: Session, header: Header, message: Message) -> tuple[Worker,
     if header.get("version", int) != 0:
         raise MessageError("setup comes first: its version must be 0")
     _check_agreement(session, header)
+    # What a lost run, or this party as an earlier node of the run, left on this disk.
     if "resume-run" in header:
-        session.store(header.get("resume-run", str)).remove()  # what the lost run left
+        session.store(header.get("resume-run", str)).remove()
+    if "replaces" in header:
+        session.store(node_id=header.get("replaces", int)).remove()
     store = session.store()
     store.create()
     CACHE.revive(session.key)

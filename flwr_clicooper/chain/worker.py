@@ -61,10 +61,10 @@ class Session:
         """What the process cache knows this node by."""
         return self.context.run_id, self.context.node_id
 
-    def store(self, run_id: int | str = "") -> StateStore:
-        """Return the node's state on disk, of this run or of another."""
-        run_id = run_id or self.context.run_id
-        return StateStore(state_folder(self.options, self.context, run_id))
+    def store(self, run_id: int | str = "", node_id: int = 0) -> StateStore:
+        """Return the node's state on disk; or that of another run, or of an earlier node."""
+        run_id, node_id = run_id or self.context.run_id, node_id or self.context.node_id
+        return StateStore(state_folder(self.options, self.context, run_id, node_id))
 
     def batch_plan(self, records: int) -> BatchPlan:
         """Return the public order of the run's batches."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import time
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,9 +15,18 @@ from flwr.app import Context, Message
 
 from flwr_clicooper import CooperStrategy, LocalGrid, cooper_client, load_delivered
 from flwr_clicooper.chain.strategy import CooperResult
-from flwr_clicooper.errors import ClientError, CooperError, OptionError
+from flwr_clicooper.errors import (
+    ClientError,
+    ClientTimeoutError,
+    CooperError,
+    MessageError,
+    OptionError,
+    StateError,
+)
 from tests.tasks import ConvTask, nodes, run_local
 from tests.test_exactness import task_for
+
+Notes = list[dict[str, Any]]
 
 OPTIONS: dict[str, Any] = {
     "num-rounds": 4,
@@ -29,10 +41,17 @@ class Saboteur:
     """A mod that makes one trainer fail in one round, once or from then on."""
 
     def __init__(
-        self, round_: int, *, node_id: int = TRAINER_2, action: str = "train.forward"
+        self,
+        round_: int,
+        *,
+        node_id: int = TRAINER_2,
+        action: str = "train.forward",
+        times: int = 10**6,
+        error: Exception | None = None,
     ) -> None:
         self.round, self.node_id, self.action = round_, node_id, action
-        self.armed = True
+        self.times = times
+        self.error = error or ConnectionError("the machine is on fire")
 
     def __call__(self, message: Message, context: Context, call_next: Any) -> Message:
         fields = message.content["clicooper"]
@@ -41,8 +60,9 @@ class Saboteur:
             message.metadata.message_type,
             fields.get("round", self.round),
         )
-        if here == (self.node_id, self.action, self.round):
-            raise ConnectionError("the machine is on fire")
+        if here == (self.node_id, self.action, self.round) and self.times:
+            self.times -= 1
+            raise self.error
         return call_next(message, context)
 
 
@@ -110,6 +130,123 @@ def test_without_a_standby_the_run_ends_and_resumes_to_the_same_result(
     result = run(task, tmp_path / "a", [], resume=str(first), **options)
     assert list(result.train_metrics_clientapp) == [3, 4]
     equal(weights(result, task), undisturbed(task, tmp_path, **options))
+
+
+def notes_of(run_dir: Path, *kinds: str) -> Notes:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] in kinds]
+
+
+# -- trying again ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("node_id", [101, TRAINER_2], ids=["owner", "trainer"])
+def test_who_failed_and_still_answers_is_tried_again(node_id: int, tmp_path: Path) -> None:
+    task = ConvTask()
+    saboteur = Saboteur(3, node_id=node_id, times=1)
+    result = run(task, tmp_path / "a", [saboteur], standbys=1, release="interactive")
+    assert result.run_dir
+    (note,) = notes_of(result.run_dir, "retry", "hand-over")
+    assert (note["kind"], note["node"], note["after"]) == ("retry", node_id, 2)
+    equal(weights(result, task), undisturbed(task, tmp_path, release="interactive"))
+
+
+def test_each_round_may_be_tried_again(tmp_path: Path) -> None:
+    mods = [Saboteur(round_, times=1) for round_ in (1, 2, 4)]
+    result = run(ConvTask(), tmp_path, mods, release="clean")
+    assert result.run_dir
+    assert [n["after"] for n in notes_of(result.run_dir, "retry")] == [0, 1, 3]
+
+
+def test_who_fails_twice_in_a_round_is_replaced(tmp_path: Path) -> None:
+    result = run(ConvTask(), tmp_path, [Saboteur(2, times=2)], standbys=1, release="clean")
+    assert result.run_dir
+    found = notes_of(result.run_dir, "retry", "hand-over")
+    assert [note["kind"] for note in found] == ["retry", "hand-over"]
+
+
+def test_what_was_refused_is_not_tried_again(tmp_path: Path) -> None:
+    saboteur = Saboteur(2, times=1, error=MessageError("the loss is NaN"))
+    with pytest.raises(ClientError, match="the loss is NaN"):
+        run(ConvTask(), tmp_path, [saboteur], standbys=1, release="clean")
+    (folder,) = tmp_path.iterdir()
+    assert not notes_of(folder, "retry", "hand-over")
+
+
+def test_lost_state_is_tried_again(tmp_path: Path) -> None:
+    saboteur = Saboteur(2, times=1, error=StateError("the state has version 3"))
+    result = run(ConvTask(), tmp_path, [saboteur], release="clean")
+    assert result.run_dir
+    assert len(notes_of(result.run_dir, "retry")) == 1
+
+
+def test_who_hangs_is_replaced_at_once(tmp_path: Path) -> None:
+    def hang(message: Message, context: Context, call_next: Any) -> Message:
+        fields = message.content["clicooper"]
+        if context.node_id == TRAINER_2 and fields.get("round") == 2:
+            time.sleep(1.5)
+        return call_next(message, context)
+
+    result = run(ConvTask(), tmp_path, [hang], standbys=1, release="clean", timeout=1.0)
+    assert result.run_dir
+    found = notes_of(result.run_dir, "retry", "hand-over")
+    assert [note["kind"] for note in found] == ["hand-over"]
+
+
+# -- an owner that leaves after its release ------------------------------------------------
+
+
+class Leaving(LocalGrid):
+    """Node 101, the owner, leaves when training begins; another may join as the owner."""
+
+    joins: ClassVar[tuple[int, ...]] = (104,)
+    training = False
+
+    def get_node_ids(self) -> list[int]:
+        others = [n for n in self.contexts if n not in (101, 104)]
+        return others + (list(self.joins) if self.training else [101])
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids: list[str] = []
+        for message in messages:
+            self.training |= message.metadata.message_type == "train.forward"
+            if self.training and message.metadata.dst_node_id == 101:
+                continue  # Flower does not take a message for a node that left
+            ids += super().push_messages([message])
+        return ids
+
+
+def run_leaving(tmp_path: Path, grid_class: type[LocalGrid], **more: Any) -> CooperResult:
+    config = OPTIONS | {"run-dir": str(tmp_path), "release": "clean"} | more
+    roles = [*nodes(2), {"role": "owner"}]
+    grid = grid_class(cooper_client(ConvTask()), roles, config)
+    return CooperStrategy.from_config(config).start(grid)
+
+
+def test_delivery_goes_to_the_owner_that_is_back_as_another_node(tmp_path: Path) -> None:
+    task = ConvTask()
+    result = run_leaving(tmp_path / "a", Leaving)
+    assert result.run_dir
+    (note,) = notes_of(result.run_dir, "owner-back")
+    assert (note["was"], note["now"]) == (101, 104)
+    equal(weights(result, task), undisturbed(task, tmp_path, release="clean"))
+    assert not list(result.run_dir.rglob("node-*"))
+
+
+def test_an_owner_that_does_not_come_back_leaves_a_run_to_resume(tmp_path: Path) -> None:
+    class Gone(Leaving):
+        joins = ()
+
+    task = ConvTask()
+    with pytest.raises(ClientTimeoutError, match=r"no owner came within 1 s .*owner-timeout"):
+        run_leaving(tmp_path / "a", Gone, **{"owner-timeout": 1.0})
+    (first,) = (tmp_path / "a").iterdir()
+    result = run(task, tmp_path / "b", [], release="clean", resume=str(first))
+    assert result.train_metrics_clientapp == {}
+    equal(weights(result, task), undisturbed(task, tmp_path, release="clean"))
+
+
+# -- more losses --------------------------------------------------------------------------
 
 
 def test_two_losses_take_two_standbys_and_a_third_ends_the_run(tmp_path: Path) -> None:

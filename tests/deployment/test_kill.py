@@ -7,12 +7,15 @@ import os
 import signal
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from examples.federation import Federation
+from examples.simulate import free_ports
+from tests.cable import Cable
 from tests.deployment.test_deployment import APP, ENVIRONMENT, the_run
 from tests.tasks import ConvTask, nodes
 from tests.test_exactness import check, reference
@@ -22,16 +25,35 @@ pytestmark = pytest.mark.deployment
 CONFIG = "timeout=15.0 task.pause=0.02"
 
 
-def kill_node(federation: Federation, index: int) -> None:
-    """Kill a SuperNode and everything that it started, at once."""
-    marker = f"CLICOOPER_NODE={index}".encode()
-    for entry in Path("/proc").glob("[0-9]*/environ"):
+def processes(federation: Federation, *marks: str) -> list[int]:
+    """The federation's processes with all marks in their environment or command."""
+    wanted = [mark.encode() for mark in (federation.environment["FLWR_HOME"], *marks)]
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
-            found = marker in entry.read_bytes().split(b"\0")
+            text = (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes()
         except OSError:
             continue
-        if found and str(federation.folder).encode() in entry.read_bytes():
-            os.kill(int(entry.parent.name), signal.SIGKILL)
+        if all(mark in text for mark in wanted):
+            found.append(int(entry.name))
+    return found
+
+
+def kill_node(federation: Federation, index: int) -> None:
+    """Kill a SuperNode and everything that it started, at once."""
+    for pid in processes(federation, f"CLICOOPER_NODE={index}"):
+        os.kill(pid, signal.SIGKILL)
+
+
+def until(condition: Callable[[], object], seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def notes_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def wait_for_step(run_dir: Path, round_: int, step: int) -> None:
@@ -62,13 +84,13 @@ def test_a_killed_trainer_is_replaced_and_the_result_is_the_same(tmp_path: Path)
     assert_equal(the_run(runs), notes)
 
 
-def assert_equal(run: Path, notes: list[dict[str, Any]]) -> None:
+def assert_equal(run: Path, notes: list[dict[str, Any]], release: str = "interactive") -> None:
     """The steps that count, the last of each position, are those of one process."""
     last = {(n["round"], n["step"]): n for n in notes if n["kind"] == "step"}
     lines = [json.dumps(last[key]) for key in sorted(last)]
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     task = ConvTask()
-    check(run, task, *reference(task, "interactive", microbatches=4))
+    check(run, task, *reference(task, release, microbatches=4))
 
 
 def test_without_a_standby_the_run_stops_and_resumes_to_the_same_result(
@@ -96,3 +118,60 @@ def test_without_a_standby_the_run_stops_and_resumes_to_the_same_result(
         for line in (path / "metrics.jsonl").read_text().splitlines()
     ]
     assert_equal(second, notes)
+
+
+def test_a_killed_serverapp_leaves_a_run_that_resumes_and_no_orphans(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    with Federation(tmp_path / "federation", nodes(2), environment=ENVIRONMENT) as federation:
+        federation.submit(APP, f"run-dir='{runs}' {CONFIG}")
+        wait_for_step(runs, 2, 2)
+        (relay,) = processes(federation, "flwr-serverapp")
+        os.kill(relay, signal.SIGKILL)
+        first = the_run(runs)
+        # The clients dial for `timeout` seconds, then leave; nobody is left over.
+        until(lambda: not processes(federation, "flwr-clientapp"))
+        federation.submit(APP, f"run-dir='{runs}' resume='{first}' {CONFIG}")
+        assert federation.wait(200)["status"] == "finished:completed"
+    (second,) = (path for path in runs.iterdir() if path.is_dir() and path != first)
+    assert_equal(second, notes_of(first) + notes_of(second))
+    assert not list(runs.rglob("node-*")), "the state of the lost run is deleted"
+
+
+def test_training_goes_on_without_its_owner_and_delivery_waits(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    with Federation(tmp_path / "federation", nodes(2), environment=ENVIRONMENT) as federation:
+        federation.submit(APP, f"run-dir='{runs}' release='clean' {CONFIG}")
+        wait_for_step(runs, 1, 2)
+        kill_node(federation, 0)
+        run = the_run(runs)
+        until(lambda: [n for n in notes_of(run) if n["kind"] == "round" and n["round"] == 2])
+        time.sleep(3)
+        assert federation.newest_run()["status"] == "running"
+        federation.supernodes.append(federation.start_supernode(0))
+        assert federation.wait(200)["status"] == "finished:completed"
+    (back,) = [note for note in notes_of(run) if note["kind"] == "owner-back"]
+    assert back["was"] != back["now"]
+    assert_equal(run, notes_of(run), "clean")
+
+
+def test_a_link_that_is_cut_for_ten_seconds_goes_on_where_it_was(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (port,) = free_ports(1)
+    cable = Cable(f"127.0.0.1:{port}")
+    live = f"live-port={cable.address.rsplit(':', 1)[1]} live-listen='127.0.0.1:{port}'"
+    with Federation(tmp_path / "federation", nodes(2), environment=ENVIRONMENT) as federation:
+        federation.submit(APP, f"run-dir='{runs}' {live} {CONFIG}")
+        wait_for_step(runs, 1, 3)
+        cable.cut()
+        done = len(notes_of(the_run(runs)))
+        time.sleep(10)
+        assert len(notes_of(the_run(runs))) <= done + 1
+        cable.open = True
+        assert federation.wait(200)["status"] == "finished:completed"
+    notes = notes_of(the_run(runs))
+    assert not [note for note in notes if note["kind"] in ("retry", "hand-over")]
+    assert max(note["redials"] for note in notes if note["kind"] == "round") == 3
+    assert_equal(the_run(runs), notes)

@@ -6,7 +6,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from flwr_clicooper.grids.dial import Line
 from flwr_clicooper.grids.exchange import exchange
 from flwr_clicooper.grids.live import LiveGrid
 from flwr_clicooper.grids.wire import Wire, is_loopback
+from tests.cable import Cable
 
 NODE = 101
 
@@ -260,50 +260,6 @@ def test_a_port_that_is_taken_is_named() -> None:
 
 
 # -- links that break ------------------------------------------------------------------
-
-
-class Cable:
-    """A TCP forwarder that can be cut."""
-
-    def __init__(self, target: str) -> None:
-        host, port = target.rsplit(":", 1)
-        self.target = (host, int(port))
-        self.server = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self.server.getsockname()[1]}"
-        self.open = True
-        self.pairs: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self.server.accept()
-            except OSError:
-                return
-            if not self.open:
-                near.close()
-                continue
-            far = socket.create_connection(self.target)
-            self.pairs += [near, far]
-            for a, b in ((near, far), (far, near)):
-                threading.Thread(target=self._pump, args=(a, b), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while data := source.recv(65536):
-                sink.sendall(data)
-        except OSError:
-            pass
-        for end in (source, sink):  # closing would not wake who waits on it
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def cut(self) -> None:
-        self.open = False
-        for end in self.pairs:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        self.pairs = []
 
 
 def test_a_cut_link_is_dialled_again_and_no_request_runs_twice(live: LiveGrid) -> None:
