@@ -26,7 +26,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from benchmarks.machine import machine, save  # noqa: E402
-from examples.federation import Federation  # noqa: E402
+from examples.deployment.federation import Federation  # noqa: E402
 from examples.simulate import simulate  # noqa: E402
 from flwr_clicooper import LocalGrid  # noqa: E402
 from flwr_clicooper.grids.exchange import exchange  # noqa: E402

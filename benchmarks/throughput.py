@@ -28,7 +28,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from benchmarks.machine import machine, save  # noqa: E402
-from examples.federation import Federation, NodeConfig  # noqa: E402
+from examples.deployment.federation import Federation, NodeConfig  # noqa: E402
 
 APP = ROOT / "benchmarks" / "throughput_app"
 PEERS = ROOT / "benchmarks" / "peers.py"

@@ -12,7 +12,7 @@ from flwr.common.logger import log
 
 from flwr_clicooper.chain.messages import PROTOCOL, Action, Header, answer, refusal
 from flwr_clicooper.chain.roles import OWNER, role_of
-from flwr_clicooper.options import Options, task_config
+from flwr_clicooper.options import task_config
 from flwr_clicooper.task import SplitTask
 
 
@@ -69,8 +69,7 @@ def _live(app: ClientApp) -> ClientAppCallable:
         header = Header.of(message)
         names = ("address", "certificate", "token")
         invitation = {name: header.get(name, str) for name in names}
-        patience = Options.from_config(context.run_config).timeout
-        line = Line(invitation, context.node_id, patience)
+        line = Line(invitation, context.node_id)
         served = line.serve(lambda request: app(message=request, context=context))
         return answer(message, {"served": served})
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import ArrayRecord, Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from flwr_clicooper.chain.messages import Action, Header, instruction, payload_bytes
-from flwr_clicooper.errors import ClientError
+from flwr_clicooper.errors import ClientError, ClientTimeoutError
 from flwr_clicooper.grids.exchange import Exchange
 
 Records = Mapping[str, ArrayRecord]
@@ -165,7 +166,9 @@ def check_answer(reply: Message, name: str, node_id: int = 0) -> Header:
     action = reply.metadata.message_type
     if reply.has_error():
         reason = (reply.error.reason or f"Flower error {reply.error.code}").strip()
-        raise ClientError(f"{name} failed at {action}: {reason}", node_id)
+        gone = reply.error.code == ErrorCode.NODE_UNAVAILABLE
+        kind = ClientTimeoutError if gone else ClientError
+        raise kind(f"{name} failed at {action}: {reason}", node_id)
     header = Header.of(reply, name)
     if "error" in header:
         text = f"{name} failed at {action}: {header.get('error', str)}"

@@ -15,7 +15,7 @@ from flwr.common.logger import log
 from flwr_clicooper.errors import LinkError
 from flwr_clicooper.grids import frames
 from flwr_clicooper.grids.frames import Buffer, Frame, Kind
-from flwr_clicooper.grids.wire import Wire
+from flwr_clicooper.grids.wire import BROKEN_FOR, Wire
 
 _RETRY_EVERY = 0.5
 
@@ -32,7 +32,7 @@ class Line:
     node_id : int
         Who dials.
     patience : float
-        Seconds to keep dialling after the link broke.
+        Seconds to keep dialling after the link broke; a little longer than the relay waits.
     first_patience : float
         Seconds to keep dialling at the beginning.
     """
@@ -41,7 +41,7 @@ class Line:
         self,
         invitation: dict[str, str],
         node_id: int,
-        patience: float,
+        patience: float = BROKEN_FOR + 10.0,
         first_patience: float = 5.0,
     ) -> None:
         self.address = invitation["address"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import math
 import secrets
 import socket
 import threading
@@ -32,7 +33,7 @@ from flwr_clicooper.grids import frames
 from flwr_clicooper.grids.certificate import make_certificate
 from flwr_clicooper.grids.exchange import exchange
 from flwr_clicooper.grids.frames import Buffer, Kind
-from flwr_clicooper.grids.wire import Wire, listen, server_tls
+from flwr_clicooper.grids.wire import BROKEN_FOR, Wire, listen, server_tls
 
 TOKEN_BYTES = 32
 MAX_CALLERS = 256
@@ -218,20 +219,27 @@ class LiveGrid(Grid):
         return exchange(self, messages, float("inf") if timeout is None else timeout)
 
     def _look_for_lost_nodes(self) -> None:
-        """Once a second: a node that left its handler will not answer its request."""
+        """Once a second: a node that left its handler, or does not dial again, is lost."""
         now = time.monotonic()
         if now < self._look_again:
             return
-        self._look_again = now + 1.0
+        self._look_again = now + _LOOK_EVERY
         for node_id, reply in self.ended().items():
-            link = self._links[node_id]
             reason = f"the node left the live link: {_reason(reply)}"
-            error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
-            with self._changed:
-                del self._links[node_id]  # what comes next goes by mailbox
-                if link.request is not None:
-                    lost, link.request = link.request, None
-                    self._replies[lost.message_id] = Message(error, reply_to=lost.message)
+            self._lose(node_id, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
+        for node_id, link in list(self._links.items()):
+            if link.request is not None and now > link.broke_at + BROKEN_FOR:
+                reason = f"the live link broke and did not come back within {BROKEN_FOR:g} s"
+                self._lose(node_id, ErrorCode.NODE_UNAVAILABLE, reason)
+
+    def _lose(self, node_id: int, code: int, reason: str) -> None:
+        """Forget a link, so that what comes next goes by mailbox; fail its request."""
+        with self._changed:
+            link = self._links.pop(node_id)
+            lost, link.request = link.request, None
+            if lost is not None:
+                error = Error(code=code, reason=reason)
+                self._replies[lost.message_id] = Message(error, reply_to=lost.message)
 
     # -- a connection ------------------------------------------------------------
 
@@ -300,6 +308,7 @@ class LiveGrid(Grid):
     def _attach(self, link: _Link, wire: Wire) -> None:
         with self._changed:
             older, link.wire = link.wire, wire
+            link.broke_at = math.inf
             link.dialled += 1
             self._changed.notify_all()
         if link.dialled > 1:
@@ -311,7 +320,7 @@ class LiveGrid(Grid):
         with self._changed:
             broke = link.wire is wire and not self._closed
             if link.wire is wire:
-                link.wire = None
+                link.wire, link.broke_at = None, time.monotonic()
             self._changed.notify_all()
         if broke:
             log(WARNING, "the live link of node %d broke", link.node_id)
@@ -346,16 +355,17 @@ class _Request(NamedTuple):
 class _Link:
     """What the relay knows of one node's link.
 
-    `dialled` counts its connections. `wire` is the one that is open, if one is; a new one
-    supersedes an older one.
-    `request` stays until its reply has come. `invitation` is the mailbox message that
-    invited the node, while it has no reply.
+    `dialled` counts its connections, `broke_at` is when the last one ended. `wire` is the
+    one that is open, if one is; a new one supersedes an older one. `request` stays until
+    its reply has come. `invitation` is the mailbox message that invited the node, while
+    it has no reply.
     """
 
     def __init__(self, node_id: int, token: str) -> None:
         self.node_id = node_id
         self.token = token
         self.dialled = 0
+        self.broke_at = math.inf
         self.wire: Wire | None = None
         self.request: _Request | None = None
         self.invitation = ""

@@ -17,6 +17,8 @@ from flwr_clicooper.grids.frames import Buffer, Frame, Kind
 
 GREETING_TIMEOUT = 10.0
 """Seconds for the TLS handshake and the hellos."""
+BROKEN_FOR = 20.0
+"""Seconds that a link may be broken while a request waits for it."""
 _FAREWELL_TIMEOUT = 1.0
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A peer whose machine vanished is noticed after 25 seconds."""

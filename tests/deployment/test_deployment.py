@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.federation import Federation
+from examples.deployment.federation import Federation
 from tests.tasks import ConvTask, nodes
 from tests.test_exactness import check, reference
 

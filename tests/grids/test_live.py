@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
 from flwr_clicooper import LocalGrid
 from flwr_clicooper.errors import ClientTimeoutError, LinkError
@@ -301,6 +302,20 @@ def test_a_client_gives_up_when_the_link_stays_broken(live: LiveGrid) -> None:
     exchange(live, [ask()], timeout=5)
     cable.cut()
     assert "broke and did not come back" in str(node.end())
+
+
+def test_a_node_that_does_not_dial_again_is_lost(
+    live: LiveGrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lives, "BROKEN_FOR", 0.5)
+    invitation = live.invite(NODE)
+    cable = Cable(str(invitation["address"]))
+    Dialled(invitation | {"address": cable.address})
+    exchange(live, [ask()], timeout=5)
+    cable.cut()
+    (reply,) = exchange(live, [ask()], timeout=30)
+    assert reply.error.code == ErrorCode.NODE_UNAVAILABLE
+    assert "did not come back within 0.5 s" in reply.error.reason
 
 
 def test_a_node_that_left_its_handler_is_reported_at_once(live: LiveGrid) -> None:

@@ -277,7 +277,7 @@ def _write_private(path: Path, data: bytes) -> None:
 
 def main() -> int:
     """Run the quickstart in a federation of one owner and three trainers."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     folder = root / ".demo" / "federation"
     chain: list[NodeConfig] = [{"role": "owner"}]
     chain += [{"role": "trainer", "stage": stage} for stage in (1, 2, 3)]
