@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from flwr_clicooper.chain.client import cooper_client
     from flwr_clicooper.chain.delivered import load_delivered
     from flwr_clicooper.chain.strategy import CooperStrategy
+    from flwr_clicooper.grids.live import LiveGrid
     from flwr_clicooper.grids.local import LocalGrid
     from flwr_clicooper.split.plan import SplitPlan, split_model
 
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "CooperStrategy": "flwr_clicooper.chain.strategy",
+    "LiveGrid": "flwr_clicooper.grids.live",
     "LocalGrid": "flwr_clicooper.grids.local",
     "SplitPlan": "flwr_clicooper.split.plan",
     "cooper_client": "flwr_clicooper.chain.client",
@@ -45,6 +47,7 @@ _LAZY = {
 __all__ = [
     "CooperError",
     "CooperStrategy",
+    "LiveGrid",
     "LocalGrid",
     "SplitPlan",
     "SplitTask",

@@ -12,7 +12,7 @@ import pytest
     "statement",
     [
         "import flwr_clicooper",
-        "from flwr_clicooper import CooperStrategy, LocalGrid, SplitTask",
+        "from flwr_clicooper import CooperStrategy, LiveGrid, LocalGrid, SplitTask",
         "from flwr_clicooper import cooper_client, SplitTask; cooper_client(SplitTask())",
     ],
 )

@@ -6,6 +6,7 @@ With ``secure=True`` it uses TLS and SuperNode authentication, as across machine
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -13,13 +14,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import tomli_w
 
-from examples.simulate import BIN, free_ports, stop_processes, wait_until_healthy
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT)]  # so that it runs as a script
+
+from examples.simulate import (  # noqa: E402
+    BIN,
+    free_ports,
+    stop_processes,
+    wait_until_healthy,
+)
 
 NodeConfig = Mapping[str, str | int]
 
@@ -221,8 +231,8 @@ def make_supernode_key(path: Path) -> None:
     path.with_suffix(".key.pub").write_bytes(public)
 
 
-def make_certificate(folder: Path) -> None:
-    """Write a CA and a server certificate for loopback: ca.crt, server.pem, server.key."""
+def make_certificate(folder: Path, host: str = "localhost") -> None:
+    """Write a CA and a certificate for a host and loopback: ca.crt, server.pem, server.key."""
     from datetime import UTC, datetime, timedelta
     from ipaddress import ip_address
 
@@ -235,7 +245,11 @@ def make_certificate(folder: Path) -> None:
 
     def build(name: str, issuer: x509.Name | None, key: Any, signer: Any, ca: bool) -> Any:
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        names = [x509.DNSName("localhost"), x509.IPAddress(ip_address("127.0.0.1"))]
+        names = [
+            x509.DNSName(host),
+            x509.DNSName("localhost"),
+            x509.IPAddress(ip_address("127.0.0.1")),
+        ]
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
@@ -258,7 +272,7 @@ def make_certificate(folder: Path) -> None:
 
     ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     ca = build("federation CA", None, ca_key, ca_key, True)
-    server = build("localhost", ca.subject, key, ca_key, False)
+    server = build(host, ca.subject, key, ca_key, False)
     (folder / "ca.crt").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
     (folder / "server.pem").write_bytes(server.public_bytes(serialization.Encoding.PEM))
     private = key.private_bytes(
@@ -276,17 +290,56 @@ def _write_private(path: Path, data: bytes) -> None:
 
 
 def main() -> int:
-    """Run the quickstart in a federation of one owner and three trainers."""
-    root = Path(__file__).parents[2]
-    folder = root / ".demo" / "federation"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=["run", "up", "keys"],
+        default="run",
+        help="run: start, run the quickstart, stop. up: start, and stop on Ctrl-C. "
+        "keys: only make certificates and keys, as compose.yaml needs them",
+    )
+    parser.add_argument("--folder", type=Path, default=ROOT / ".demo" / "federation")
+    parser.add_argument("--trainers", type=int, default=3)
+    parser.add_argument("--host", default="localhost", help="keys: the SuperLink's name")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder.absolute()
+    if arguments.what == "keys":
+        make_keys(folder, arguments.trainers, arguments.host)
+        return 0
     chain: list[NodeConfig] = [{"role": "owner"}]
-    chain += [{"role": "trainer", "stage": stage} for stage in (1, 2, 3)]
+    chain += [{"role": "trainer", "stage": i + 1} for i in range(arguments.trainers)]
     with Federation(folder, chain, secure=True) as federation:
-        run = federation.run(root / "examples" / "quickstart", f"run-dir='{root / 'runs'}'")
+        if arguments.what == "up":
+            stay(federation)
+            return 0
+        run = federation.run(ROOT / "examples" / "quickstart", f"run-dir='{ROOT / 'runs'}'")
     if run["status"] != "finished:completed":
         print(f"The run failed: {run['status']} {run['status-details']}", file=sys.stderr)
         return 1
     return 0
+
+
+def make_keys(folder: Path, trainers: int, host: str) -> None:
+    """Make the SuperLink's certificate and a key per SuperNode."""
+    folder.mkdir(parents=True, exist_ok=True)
+    make_certificate(folder, host)
+    for index in range(1 + trainers):
+        make_supernode_key(folder / f"supernode-{index}.key")
+    print(f"ca.crt, server.pem, server.key and {1 + trainers} SuperNode keys: {folder}")
+
+
+def stay(federation: Federation) -> None:
+    """Say how to use a federation that is up; return on Ctrl-C."""
+    print(f"A SuperLink and {len(federation.nodes)} SuperNodes are up, logs and keys in")
+    print(f"    {federation.folder}")
+    print("Run an app in another terminal:")
+    print(f"    export FLWR_HOME={federation.environment['FLWR_HOME']}")
+    print("    flwr run examples/quickstart local-federation --stream")
+    print("Ctrl-C stops everything.", flush=True)
+    with suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(1)
 
 
 if __name__ == "__main__":
