@@ -33,9 +33,11 @@ lint: $(INSTALLED)  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## Step time of a chain and time per message, by grid; writes benchmarks/results
+bench: $(INSTALLED)  ## Step time, time per message, throughput, memory; writes benchmarks/results
 	$(BIN)/python benchmarks/chain.py
 	$(BIN)/python benchmarks/links.py
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/memory.py
 
 clean:  ## Remove the virtual environment, caches and runs
 	rm -rf $(VENV) runs .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
