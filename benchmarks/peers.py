@@ -3,7 +3,7 @@
 The same model trained in one process, and by ``torch.distributed.pipelining`` over gloo
 with one process per trainer's segment. Both print the seconds of each step as JSON.
 
-    python benchmarks/peers.py one-process --trainers 3 --steps 40
+    python benchmarks/peers.py one-process --trainers 3 --steps 40 --rounds 3
     python benchmarks/peers.py pipelining --trainers 3 --steps 40 --microbatches 4
 """
 
@@ -37,14 +37,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("peer", choices=["one-process", "pipelining", "rank"])
     parser.add_argument("--trainers", type=int, required=True)
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True, help="per round")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--rank", type=int, default=0)
     arguments = parser.parse_args()
     config = {
         "release": "clean",
         "batch-size": BATCH,
-        "num-rounds": 1,
+        "num-rounds": arguments.rounds,
         "learning-rate": 0.1,
         "task.trainers": arguments.trainers,
         "task.records": arguments.steps * BATCH,
@@ -81,7 +82,8 @@ def start_ranks(arguments: argparse.Namespace) -> None:
         "WORLD_SIZE": str(arguments.trainers),
     }
     command = [sys.executable, __file__, "rank", "--trainers", str(arguments.trainers)]
-    command += ["--steps", str(arguments.steps), "--microbatches", str(arguments.microbatches)]
+    command += ["--steps", str(arguments.steps), "--rounds", str(arguments.rounds)]
+    command += ["--microbatches", str(arguments.microbatches)]
     ranks = [
         subprocess.Popen(
             [*command, "--rank", str(i)],
@@ -123,8 +125,9 @@ def rank(index: int, microbatches: int, run_config: dict[str, Any]) -> list[floa
     kind: Any = Schedule1F1B if microbatches >= stages else ScheduleGPipe
     schedule = kind(stage, microbatches, loss_fn=loss)
     times = []
-    order = torch.split(torch.randperm(len(labels)), BATCH)
-    for rows in order:
+    rounds = range(config["num-rounds"])
+    order = torch.cat([torch.randperm(len(labels)) for _ in rounds])
+    for rows in torch.split(order, BATCH):
         distributed.barrier()
         started = time.perf_counter()
         inputs = (activations[rows],) if index == 0 else ()

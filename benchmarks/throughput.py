@@ -4,8 +4,9 @@
 flags on loopback, live links, TLS), the same model in one process, and
 ``torch.distributed.pipelining`` over gloo with the same segments and micro-batches. They
 run in turn, one after the other on the same cores, each with PyTorch's default threads.
+The first 60 steps are left out: memory and caches settle, most of all in the chain.
 
-    python benchmarks/throughput.py [--trainers 1 2 3 4] [--repeats 3] [--steps 40]
+    python benchmarks/throughput.py [--trainers 1 2 3 4] [--repeats 2] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from examples.deployment.federation import Federation, NodeConfig  # noqa: E402
 
 APP = ROOT / "benchmarks" / "throughput_app"
 PEERS = ROOT / "benchmarks" / "peers.py"
-BATCH, WARM_UP = 256, 5
+BATCH, STEPS, WARM_UP = 256, 40, 60
 TIMEOUT = 180
 ONE, PEER, CHAIN = "one process", "pipelining", "chain"
 
@@ -41,20 +42,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trainers", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--microbatches", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="at most 46")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help=f"of {STEPS} steps, above 1")
     arguments = parser.parse_args()
-    steps = min(arguments.steps, 46)
+    rounds = arguments.rounds
     rows = []
     for trainers in arguments.trainers:
-        rows += measure(trainers, arguments.microbatches, arguments.repeats, steps)
+        rows += measure(trainers, arguments.microbatches, arguments.repeats, rounds)
     show(rows)
-    facts = {"seed": 0, "steps": steps, "repeats": arguments.repeats, "batch-size": BATCH}
+    facts = {
+        "seed": 0,
+        "steps": STEPS * rounds,
+        "warm-up": WARM_UP,
+        "repeats": arguments.repeats,
+        "batch-size": BATCH,
+    }
     print(f"raw output: {save('throughput', {**facts, 'rows': rows}).relative_to(ROOT)}")
 
 
 def measure(
-    trainers: int, microbatches: list[int], repeats: int, steps: int
+    trainers: int, microbatches: list[int], repeats: int, rounds: int
 ) -> list[dict[str, Any]]:
     """Run everything for a number of trainers, in turn; return a row for each."""
     times: dict[tuple[str, int], list[float]] = {}
@@ -63,13 +70,13 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         with Federation(Path(folder) / "federation", nodes) as federation:
             for repeat in range(repeats):
-                take(times, (ONE, 1), peer("one-process", trainers, steps, 1))
+                take(times, (ONE, 1), peer("one-process", trainers, rounds, 1))
                 for count in microbatches:
                     if trainers > 1:
-                        seconds = peer("pipelining", trainers, steps, count)
+                        seconds = peer("pipelining", trainers, rounds, count)
                         take(times, (PEER, count), seconds)
                     runs = Path(folder) / f"runs-{repeat}-{count}"
-                    seconds = chain(federation, runs, trainers, steps, count)
+                    seconds = chain(federation, runs, trainers, rounds, count)
                     take(times, (CHAIN, count), seconds)
     return [
         {
@@ -89,9 +96,10 @@ def take(
     times.setdefault(key, []).extend(seconds[WARM_UP:])
 
 
-def peer(name: str, trainers: int, steps: int, microbatches: int) -> list[float]:
+def peer(name: str, trainers: int, rounds: int, microbatches: int) -> list[float]:
     command = [sys.executable, str(PEERS), name, "--trainers", str(trainers)]
-    command += ["--steps", str(steps), "--microbatches", str(microbatches)]
+    command += ["--steps", str(STEPS), "--rounds", str(rounds)]
+    command += ["--microbatches", str(microbatches)]
     # As the federation sets it for the chain: waiting threads leave the cores to others.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
@@ -100,10 +108,10 @@ def peer(name: str, trainers: int, steps: int, microbatches: int) -> list[float]
 
 
 def chain(
-    federation: Federation, runs: Path, trainers: int, steps: int, microbatches: int
+    federation: Federation, runs: Path, trainers: int, rounds: int, microbatches: int
 ) -> list[float]:
-    config = f"run-dir='{runs}' microbatches={microbatches} "
-    config += f"task.trainers={trainers} task.records={steps * BATCH}"
+    config = f"run-dir='{runs}' microbatches={microbatches} num-rounds={rounds} "
+    config += f"task.trainers={trainers} task.records={STEPS * BATCH}"
     federation.submit(APP, config)
     # Asking Flower starts a process that takes a core: only once training is over.
     deadline = time.monotonic() + TIMEOUT

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.serde import message_from_proto, recorddict_to_proto
 from flwr.common.serde_utils import error_to_proto, metadata_to_proto
@@ -168,8 +167,12 @@ def _bare(array: Array) -> Array:
 
 
 def _received(fill: Fill, size: int) -> memoryview:
-    """Return bytes to read only, in memory of their own that nothing set to zero first."""
-    view = np.empty(size, np.uint8).data
+    """Return received bytes, to read only, in memory of their own.
+
+    Not NumPy's: it asks for huge pages above 4 MB, and to find some may take the system
+    longer than the transfer (measured: 80 against 36 ms for 16 MB and back).
+    """
+    view = memoryview(bytearray(size))
     fill(view)
     return view.toreadonly()
 
