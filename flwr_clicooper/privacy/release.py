@@ -103,7 +103,12 @@ class GaussianRelease:
         _check_finite((norms,))
         # A record of norm zero stays as it is.
         scale = (self.clip * _MARGIN / norms.clamp_min(1e-300)).clamp_max(1.0)
-        clipped: Tensor = rows * scale.to(rows.dtype)[:, None]
+        # A factor below the smallest normal number would lose digits, and with them the
+        # bound; its root does not.
+        root = scale.sqrt().to(rows.dtype)[:, None]
+        tiny = bool((scale < torch.finfo(rows.dtype).tiny).any())
+        factor = scale.to(rows.dtype)[:, None]
+        clipped: Tensor = rows * root * root if tiny else rows * factor
         return clipped.reshape(batch.shape)
 
 
