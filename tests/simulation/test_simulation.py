@@ -81,7 +81,8 @@ def test_the_quickstart_learns_and_equals_one_process(tmp_path: Path) -> None:
     alone = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["accuracy"] > 0.6
-    assert abs(line["accuracy"] - float(alone.stdout)) <= 0.02  # rounding grows
+    apart = round(abs(line["accuracy"] - float(alone.stdout)), 9)  # of 2,000 records
+    assert apart <= 0.005
 
 
 def test_a_run_that_fails_says_so_and_leaves_no_process_behind(tmp_path: Path) -> None:
