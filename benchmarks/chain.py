@@ -14,7 +14,6 @@ import logging
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from benchmarks.machine import machine, save  # noqa: E402
+from benchmarks.one_process import step_seconds  # noqa: E402
 from examples.simulate import simulate  # noqa: E402
-from examples.unsplit import train_task_unsplit  # noqa: E402
 from flwr_clicooper import CooperStrategy, LocalGrid, cooper_client  # noqa: E402
 
 BATCH, TRAINERS, WARM_UP = 256, 3, 3
@@ -61,18 +60,8 @@ def main() -> None:
 
 
 def one_process(release: str) -> dict[str, Any]:
-    times: list[float] = []
-    last = time.perf_counter()
-
-    def note(*_: object) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        times.append(now - last)
-        last = now
-
     config = {"release": release, "batch-size": BATCH, "num-rounds": 1, "learning-rate": 0.1}
-    train_task_unsplit(Few(), config, on_step=note)
-    return row("one process", release, 1, times, 0, 0)
+    return row("one process", release, 1, step_seconds(Few(), config), 0, 0)
 
 
 def local(release: str, microbatches: int) -> dict[str, Any]:

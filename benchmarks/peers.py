@@ -25,8 +25,8 @@ import torch  # noqa: E402
 from throughput_app.task import ThroughputTask  # noqa: E402
 from torch import Tensor, distributed, nn  # noqa: E402
 
+from benchmarks.one_process import step_seconds  # noqa: E402
 from examples.simulate import free_ports  # noqa: E402
-from examples.unsplit import train_task_unsplit  # noqa: E402
 from flwr_clicooper.chain.build import build_segments  # noqa: E402
 from flwr_clicooper.options import task_config  # noqa: E402
 
@@ -51,26 +51,11 @@ def main() -> None:
         "task.records": arguments.steps * BATCH,
     }
     if arguments.peer == "one-process":
-        print(json.dumps(one_process(config)))
+        print(json.dumps(step_seconds(ThroughputTask(), config)))
     elif arguments.peer == "rank":
         print(json.dumps(rank(arguments.rank, arguments.microbatches, config)))
     else:
         start_ranks(arguments)
-
-
-def one_process(run_config: dict[str, Any]) -> list[float]:
-    """Return the seconds per step of the un-split model, head included."""
-    times: list[float] = []
-    last = time.perf_counter()
-
-    def note(*_: object) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        times.append(now - last)
-        last = now
-
-    train_task_unsplit(ThroughputTask(), run_config, on_step=note)
-    return times
 
 
 def start_ranks(arguments: argparse.Namespace) -> None:
