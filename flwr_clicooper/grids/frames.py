@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.common.serde import message_from_proto, recorddict_to_proto
 from flwr.common.serde_utils import error_to_proto, metadata_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
@@ -124,14 +124,17 @@ def encode(message: Message) -> list[Buffer]:
     if message.has_error():
         proto.error.CopyFrom(error_to_proto(message.error))
     else:
-        bare = RecordDict()
-        for name, record in message.content.items():
-            if not isinstance(record, ArrayRecord):
-                bare[name] = record
-                continue
-            buffers += [array.data for array in record.values()]
-            bare[name] = ArrayRecord({key: _bare(array) for key, array in record.items()})
-        proto.content.CopyFrom(recorddict_to_proto(bare))
+        arrays = message.content.array_records
+        others = {k: v for k, v in message.content.items() if k not in arrays}
+        proto.content.CopyFrom(recorddict_to_proto(RecordDict(others)))
+        for name, record in arrays.items():
+            item = proto.content.items.add(key=name).array_record
+            item.SetInParent()  # a record without arrays is a record still
+            for key, array in record.items():
+                place = item.items.add(key=key).value
+                place.dtype, place.stype = array.dtype, array.stype
+                place.shape.extend(array.shape)
+                buffers.append(array.data)
     return pack(Kind.MESSAGE, proto.SerializeToString(), buffers)
 
 
@@ -160,10 +163,6 @@ def decode(frame: Frame) -> Message:
         # Not a copy; NumPy, PyTorch and Flower's hashing all read a view.
         array.data = buffer  # type: ignore[assignment]
     return message
-
-
-def _bare(array: Array) -> Array:
-    return Array(array.dtype, tuple(array.shape), array.stype, b"")
 
 
 def _received(fill: Fill, size: int) -> memoryview:

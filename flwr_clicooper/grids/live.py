@@ -19,8 +19,8 @@ import time
 import uuid
 from collections.abc import Iterable
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from logging import WARNING
-from typing import NamedTuple
 
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -40,6 +40,7 @@ MAX_CALLERS = 256
 """Connections at the same time; further callers are turned away."""
 HELLO_BYTES = 4096
 """What a caller may send before it has shown its token."""
+_SHORT = 8192
 _LOOK_EVERY = 1.0
 _GRACE = 1.0
 
@@ -81,7 +82,8 @@ class LiveGrid(Grid):
         insecure: bool = False,
     ) -> None:
         self.mailbox = grid
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._links: dict[int, _Link] = {}
         self._replies: dict[str, Message] = {}
         self._closed = False
@@ -103,7 +105,8 @@ class LiveGrid(Grid):
 
     def invite(self, node_id: int) -> dict[str, str | int]:
         """Return what a node needs to dial; it is good for this node and this run only."""
-        link = self._links[node_id] = _Link(node_id, secrets.token_hex(TOKEN_BYTES))
+        token = secrets.token_hex(TOKEN_BYTES)
+        link = self._links[node_id] = _Link(node_id, token, self._lock)
         return {
             "address": f"{self.address}:{self.port}",
             "certificate": self._certificate,
@@ -144,7 +147,8 @@ class LiveGrid(Grid):
         """End all links, refuse new ones, and wait until clients left their handlers."""
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
+            for link in self._links.values():
+                link.changed.notify_all()
         deadline = time.monotonic() + patience
         while any(x.invitation for x in self._links.values()) and time.monotonic() < deadline:
             self.ended()
@@ -194,10 +198,9 @@ class LiveGrid(Grid):
                 continue
             message_id = f"live-{uuid.uuid4()}"
             message.metadata.__dict__["_message_id"] = message_id
-            frame = frames.encode(message)
+            request = _Request(message_id, frames.encode(message), message)
             with self._changed:
-                link.request = _Request(message_id, frame, message)
-                self._changed.notify_all()
+                link.take(request)
             ids.append(message_id)
         return ids
 
@@ -280,7 +283,8 @@ class LiveGrid(Grid):
         self._attach(link, wire)
         try:
             while request := self._next(link, wire):
-                wire.send(request.frame)
+                if request.sent_on is not wire:
+                    wire.send(request.frame)
                 self._resolve(link, request.message_id, frames.decode(wire.receive()))
             if self._closed:
                 wire.send(frames.pack(Kind.STOP, b""))
@@ -310,6 +314,7 @@ class LiveGrid(Grid):
             older, link.wire = link.wire, wire
             link.broke_at = math.inf
             link.dialled += 1
+            link.changed.notify_all()
             self._changed.notify_all()
         if link.dialled > 1:
             log(WARNING, "the live link of node %d is back", link.node_id)
@@ -332,7 +337,7 @@ class LiveGrid(Grid):
                 if link.request is not None:
                     return link.request
                 # A client says nothing unasked: whatever comes now is the end.
-                if not self._changed.wait(_LOOK_EVERY) and wire.has_news():
+                if not link.changed.wait(_LOOK_EVERY) and wire.has_news():
                     return None
         return None
 
@@ -346,10 +351,14 @@ class LiveGrid(Grid):
                 self._changed.notify_all()
 
 
-class _Request(NamedTuple):
+@dataclass
+class _Request:
+    """What a node is asked; `sent_on` is the connection that has carried it already."""
+
     message_id: str
     frame: list[Buffer]
     message: Message
+    sent_on: Wire | None = None
 
 
 class _Link:
@@ -358,17 +367,31 @@ class _Link:
     `dialled` counts its connections, `broke_at` is when the last one ended. `wire` is the
     one that is open, if one is; a new one supersedes an older one. `request` stays until
     its reply has come. `invitation` is the mailbox message that invited the node, while
-    it has no reply.
+    it has no reply. `changed` wakes the thread of this link alone.
     """
 
-    def __init__(self, node_id: int, token: str) -> None:
+    def __init__(self, node_id: int, token: str, lock: threading.RLock) -> None:
         self.node_id = node_id
         self.token = token
+        self.changed = threading.Condition(lock)
         self.dialled = 0
         self.broke_at = math.inf
         self.wire: Wire | None = None
         self.request: _Request | None = None
         self.invitation = ""
+
+    def take(self, request: _Request) -> None:
+        """Take a request, with the lock held; send it at once if it is short.
+
+        The link is idle and what is short fits into the empty send buffer, so this does
+        not wait, and saves the time until the link's thread wakes.
+        """
+        self.request = request
+        if self.wire is not None and sum(map(len, request.frame)) <= _SHORT:
+            with suppress(OSError):  # the link's thread meets the same error and ends it
+                self.wire.send(request.frame)
+                request.sent_on = self.wire
+        self.changed.notify_all()
 
 
 def _reason(reply: Message) -> str:
