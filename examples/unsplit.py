@@ -36,7 +36,7 @@ def train_task_unsplit(
     options, config = Options.from_config(run_config), task_config(run_config, {})
     segments = build_segments(task, config)
     optimizers = [build_optimizer(task, segment, config) for segment in segments]
-    if options.once:
+    if not options.head_trains:
         optimizers[0] = None
     train, test = (LabelledSet(part, "given") for part in task.datasets(config))
     plan = BatchPlan(
@@ -57,7 +57,7 @@ def train_task_unsplit(
         loss,
         plan,
         options.num_rounds,
-        frozen_head=options.once,
+        frozen_head=not options.head_trains,
         lr_factor=lambda progress: task.lr_factor(progress, config),
         on_step=on_step,
     )

@@ -62,3 +62,15 @@ class FrameError(CooperError):
 
 class LinkError(CooperError):
     """A live link cannot be made, or broke and did not come back."""
+
+
+class PrivacyBudgetExceeded(CooperError):  # noqa: N818 - the name users know from the field
+    """A release would cost more privacy than was allowed; nothing was released."""
+
+
+class TrustError(CooperError):
+    """A key or a signature is not that of a party that is trusted in this place."""
+
+
+class SealError(CooperError):
+    """A sealed message does not open, or is not the one that belongs in its place."""

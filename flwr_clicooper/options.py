@@ -17,6 +17,7 @@ from flwr_clicooper.errors import OptionError
 
 TASK_PREFIX = "task."
 _REQUIRED = "(required)"
+_HEADS = ("public", "random", "private")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ _COUNT = Rule("an integer >= 1", lambda v: _is_int(v) and v >= 1)
 _SEED = Rule("an integer from 0 to 2**63 - 1", lambda v: _is_int(v) and 0 <= v < 2**63)
 _FLAG = Rule("true or false", lambda v: isinstance(v, bool))
 _POSITIVE = Rule("a number > 0", lambda v: _is_number(v) and v > 0)
+_NOT_NEGATIVE = Rule("a number >= 0", lambda v: _is_number(v) and v >= 0)
+_PROBABILITY = Rule("a number between 0 and 1", lambda v: _is_number(v) and 0 < v < 1)
 _PATH = Rule("a path", lambda v: isinstance(v, str) and bool(v))
 _OPTIONAL_PATH = Rule("a path, or empty for none", lambda v: isinstance(v, str))
 
@@ -71,10 +74,45 @@ class Options:
 
     release: str = _option(
         _REQUIRED,
-        _choice("clean", "interactive"),
+        _choice("clean", "local-dp", "central-dp", "interactive"),
         "",
-        "what the owner sends: its training activations once (`clean`), or a fresh "
-        "activation per step with the gradient coming back (`interactive`)",
+        "what the owner sends: its training activations once as they are (`clean`) or "
+        "clipped and with noise (`local-dp`), synthetic ones instead (`central-dp`), or a "
+        "fresh activation per step with the gradient coming back (`interactive`)",
+    )
+    epsilon: float = _option(
+        0.0,
+        _NOT_NEGATIVE,
+        "",
+        "privacy of the activations of one `privacy-unit`, over the whole run; 0 for none",
+    )
+    delta: float = _option(
+        1e-5, _PROBABILITY, "", "probability with which epsilon may not hold"
+    )
+    clip: float = _option(
+        1.0, _POSITIVE, "", "bound of an activation's L2 norm (`record`) or of each element"
+    )
+    privacy_unit: str = _option(
+        "record",
+        _choice("record", "element"),
+        "",
+        "what epsilon protects: a whole record, or one coordinate of its activation",
+    )
+    head: str = _option(
+        "",
+        Rule("'public', 'random' or 'private'", lambda v: v in ("", *_HEADS)),
+        "",
+        "where the head's weights come from; a release with epsilon needs to know",
+    )
+    label_expansion: int = _option(
+        0,
+        Rule("an integer >= 0", lambda v: _is_int(v) and v >= 0),
+        "",
+        "pseudo-classes per class, assigned by the owner's secret key; the model needs as "
+        "many outputs. 0: labels keep their names",
+    )
+    label_epsilon: float = _option(
+        0.0, _NOT_NEGATIVE, "", "privacy of one label, by randomised response; 0 for none"
     )
     num_rounds: int = _option(5, _COUNT, "epochs", "rounds; one round is one epoch")
     batch_size: int = _option(256, _COUNT, "records", "records per optimizer step")
@@ -101,6 +139,12 @@ class Options:
         0.05, _POSITIVE, "", "of the default optimizer (SGD, momentum 0.9)"
     )
     shuffle: bool = _option(True, _FLAG, "", "a new order of the records each round")
+    seal: bool = _option(
+        True,
+        _FLAG,
+        "",
+        "tensors are encrypted from party to party; the relay cannot read them",
+    )
     link: str = _option(
         "live",
         _choice("live", "mailbox"),
@@ -193,24 +237,9 @@ class Options:
         self._check_combination()
 
     def _check_combination(self) -> None:
-        if self.schedule != "local":
-            return
-        if self.release == "interactive":
-            raise OptionError(
-                "option 'schedule' is 'local' and 'release' is 'interactive': without "
-                "gradients between the parties the head cannot train; "
-                "use release = 'clean'"
-            )
-        if self.label_side == "owner":
-            raise OptionError(
-                "option 'schedule' is 'local' and 'label-side' is 'owner': each trainer "
-                "needs the labels to train by itself; use label-side = 'trainer'"
-            )
-        if self.microbatches != 1:
-            raise OptionError(
-                "option 'microbatches' is above 1 and 'schedule' is 'local': there is "
-                "no pipeline to fill; use microbatches = 1"
-            )
+        for wrong, text in _CONTRADICTIONS:
+            if wrong(self):
+                raise OptionError(text)
 
     def agreed(self) -> dict[str, Any]:
         """Return the options on which relay and parties must agree."""
@@ -227,9 +256,23 @@ class Options:
         return {k: v for k, v in own if k not in local and not k.startswith("live-")}
 
     @property
-    def once(self) -> bool:
-        """Whether the owner's activations leave only once, before training."""
-        return self.release != "interactive"
+    def private(self) -> bool:
+        """Whether the owner's activations leave with a guarantee."""
+        return self.epsilon > 0
+
+    @property
+    def head_trains(self) -> bool:
+        """Whether the head trains, and sends fresh activations for each step.
+
+        Otherwise the owner releases the activations of all records before training, and
+        no gradient comes back to it.
+        """
+        return self.release == "interactive" and not self.private
+
+    @property
+    def releases_each_round(self) -> bool:
+        """Whether the owner releases all records anew, with new noise, before each round."""
+        return self.release == "interactive" and self.private
 
     def as_config(self) -> dict[str, Any]:
         """Return the options as kebab-case keys, defaults filled in."""
@@ -269,6 +312,66 @@ def task_config(
     if node_config.get("data-dir"):
         config["data-dir"] = str(Path(str(node_config["data-dir"])).expanduser())
     return config
+
+
+_CONTRADICTIONS: list[tuple[Callable[[Options], bool], str]] = [
+    (
+        lambda o: o.release in ("local-dp", "central-dp") and not o.private,
+        "option 'epsilon' is missing: release = 'local-dp' and 'central-dp' need a number > 0",
+    ),
+    (
+        lambda o: o.release == "clean" and o.private,
+        "option 'epsilon' is set and 'release' is 'clean', which adds no noise; use "
+        "release = 'local-dp' or 'central-dp'",
+    ),
+    (
+        lambda o: o.private and not o.head,
+        "option 'head' is missing: a guarantee holds only for a head that does not depend on "
+        "the private data. Declare head = 'public' (trained on public data only) or 'random' "
+        "(drawn from the run's seed)",
+    ),
+    (
+        lambda o: o.private and o.head == "private",
+        "option 'head' is 'private': activations of a head that was trained on the private "
+        "data carry other records than their own, which noise per record does not hide. Use "
+        "a head from public data (head = 'public') or one drawn at random (head = 'random')",
+    ),
+    (
+        lambda o: o.release == "central-dp" and o.privacy_unit != "record",
+        "option 'privacy-unit' is 'element' and 'release' is 'central-dp': synthetic rows "
+        "are private per record; use privacy-unit = 'record'",
+    ),
+    (
+        lambda o: o.release == "central-dp" and o.label_side == "owner",
+        "option 'label-side' is 'owner' and 'release' is 'central-dp': the labels of "
+        "synthetic rows are released with them; use label-side = 'trainer'",
+    ),
+    (
+        lambda o: o.release == "central-dp" and o.label_epsilon > 0,
+        "option 'label-epsilon' is set and 'release' is 'central-dp', whose epsilon covers "
+        "the labels already; use label-epsilon = 0",
+    ),
+    (
+        lambda o: o.label_expansion > 0 and o.label_side == "owner",
+        "option 'label-expansion' is set and 'label-side' is 'owner': labels do not leave "
+        "the owner; use label-expansion = 0",
+    ),
+    (
+        lambda o: o.schedule == "local" and o.release == "interactive",
+        "option 'schedule' is 'local' and 'release' is 'interactive': without gradients "
+        "between the parties the head cannot train; use release = 'clean'",
+    ),
+    (
+        lambda o: o.schedule == "local" and o.label_side == "owner",
+        "option 'schedule' is 'local' and 'label-side' is 'owner': each trainer needs the "
+        "labels to train by itself; use label-side = 'trainer'",
+    ),
+    (
+        lambda o: o.schedule == "local" and o.microbatches != 1,
+        "option 'microbatches' is above 1 and 'schedule' is 'local': there is no pipeline "
+        "to fill; use microbatches = 1",
+    ),
+]
 
 
 def _key(name: str) -> str:

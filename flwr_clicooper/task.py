@@ -13,6 +13,19 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 
 
+def outputs_for(classes: int, config: Config) -> int:
+    """Return how many outputs a model needs: more than classes with ``label-expansion``.
+
+    Parameters
+    ----------
+    classes : int
+        True classes.
+    config : mapping
+        What `SplitTask.segments` gets.
+    """
+    return classes * max(1, int(config["label-expansion"]))
+
+
 class SplitTask:
     """One training job: subclass it and give the segments and the data.
 

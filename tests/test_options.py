@@ -9,11 +9,20 @@ import pytest
 from flwr_clicooper.errors import OptionError
 from flwr_clicooper.options import Options, task_config
 
+DP = {"release": "central-dp", "epsilon": 1.0, "head": "public"}
+
 
 def test_defaults_are_the_documented_ones() -> None:
     config = Options.from_config({"release": "clean"}).as_config()
     assert config == {
         "release": "clean",
+        "epsilon": 0.0,
+        "delta": 1e-5,
+        "clip": 1.0,
+        "privacy-unit": "record",
+        "head": "",
+        "label-expansion": 0,
+        "label-epsilon": 0.0,
         "num-rounds": 5,
         "batch-size": 256,
         "microbatches": 1,
@@ -21,6 +30,7 @@ def test_defaults_are_the_documented_ones() -> None:
         "pipeline": "1f1b",
         "label-side": "trainer",
         "learning-rate": 0.05,
+        "seal": True,
         "link": "live",
         "live-address": "127.0.0.1",
         "live-port": 0,
@@ -39,7 +49,7 @@ def test_defaults_are_the_documented_ones() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, "'release' is missing.*'clean', 'interactive'"),
+        ({}, "'release' is missing.*'clean', 'local-dp', 'central-dp', 'interactive'"),
         ({"release": "cleam"}, "'release' is 'cleam'; allowed is one of 'clean'"),
         ({"microbatch": 2}, "unknown option 'microbatch': did you mean 'microbatches'"),
         ({"lr": 0.1}, r"unknown option 'lr'.*task\.lr"),
@@ -65,6 +75,23 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"live-address": ""}, "a host name or IP address"),
         ({"schedule": "local", "release": "interactive"}, "the head cannot train"),
         ({"schedule": "local", "label-side": "owner"}, "each trainer needs the labels"),
+        ({"epsilon": -1.0}, "'epsilon' is -1.0; allowed is a number >= 0"),
+        ({"delta": 1.0}, "'delta' is 1.0; allowed is a number between 0 and 1"),
+        ({"clip": 0.0}, "'clip' is 0.0"),
+        ({"privacy-unit": "user"}, "allowed is one of 'record', 'element'"),
+        ({"head": "pretrained"}, "'head' is 'pretrained'; allowed is 'public', 'random'"),
+        ({"label-expansion": -1}, "'label-expansion' is -1"),
+        ({"label-epsilon": -0.5}, "'label-epsilon' is -0.5"),
+        ({"release": "local-dp"}, "'epsilon' is missing"),
+        ({"release": "central-dp"}, "'epsilon' is missing"),
+        ({"epsilon": 1.0}, "'release' is 'clean', which adds no noise"),
+        ({"release": "local-dp", "epsilon": 1.0}, "'head' is missing"),
+        ({"release": "interactive", "epsilon": 1.0}, "'head' is missing"),
+        (DP | {"head": "private"}, "carry other records than their own"),
+        (DP | {"privacy-unit": "element"}, "synthetic rows are private per record"),
+        (DP | {"label-side": "owner"}, "labels of synthetic rows are released"),
+        (DP | {"label-epsilon": 1.0}, "covers the labels already"),
+        ({"label-side": "owner", "label-expansion": 2}, "labels do not leave the owner"),
         ({"schedule": "local", "microbatches": 2}, "no pipeline to fill"),
     ],
 )

@@ -81,12 +81,12 @@ class Checkpoint:
             )
         return found
 
-    def close(self, round_: int, parts: Mapping[int, tuple[ArrayRecord, str]]) -> None:
-        """Store what the trainers escrowed after a round: record and optimizer by segment."""
+    def close(self, round_: int, parts: Mapping[int, ArrayRecord]) -> None:
+        """Store what the trainers escrowed after a round, by segment."""
         new = self._folder / f"round-{round_}"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True, mode=0o700)
-        for segment, (record, rest) in parts.items():
+        for segment, record in parts.items():
             # What came over a live link is a view of its frame; protobuf takes only bytes.
             whole = {
                 name: Array(a.dtype, tuple(a.shape), a.stype, bytes(a.data))
@@ -95,15 +95,14 @@ class Checkpoint:
             records = RecordDict({ESCROW: ArrayRecord(whole)})
             data = recorddict_to_proto(records).SerializeToString()
             write_atomically(new / f"segment-{segment}.pb", data)
-            write_atomically(new / f"segment-{segment}.json", rest.encode())
         write_atomically(self._folder / CLOSED, json.dumps({"round": round_}).encode())
         self.round = round_
         for old in self._folder.glob("round-*"):
             if old != new:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def part(self, segment: int) -> tuple[ArrayRecord, str]:
-        """Return what a segment's trainer escrowed: record and optimizer.
+    def part(self, segment: int) -> ArrayRecord:
+        """Return what a segment's trainer escrowed.
 
         Raises
         ------
@@ -113,7 +112,7 @@ class Checkpoint:
         path = self._folder / f"round-{self.round}" / f"segment-{segment}.pb"
         try:
             records = recorddict_from_proto(ProtoRecordDict.FromString(path.read_bytes()))
-            return records.array_records[ESCROW], path.with_suffix(".json").read_text()
+            return records.array_records[ESCROW]
         except Exception as error:  # protobuf and Flower raise many kinds
             raise StateError(f"the checkpoint {path} is missing or damaged") from error
 

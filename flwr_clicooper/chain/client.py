@@ -12,6 +12,7 @@ from flwr.common.logger import log
 
 from flwr_clicooper.chain.messages import PROTOCOL, Action, Header, answer, refusal
 from flwr_clicooper.chain.roles import OWNER, role_of
+from flwr_clicooper.chain.sealing import seal_mod
 from flwr_clicooper.options import task_config
 from flwr_clicooper.task import SplitTask
 
@@ -24,7 +25,8 @@ def cooper_client(task: SplitTask, mods: list[Mod] | None = None) -> ClientApp:
     task : SplitTask
         The training job.
     mods : list of Mod, optional
-        Flower mods, applied to every message of the chain.
+        Flower mods, applied to every message of the chain. They see tensors as the party
+        does: opened before them and sealed after them.
 
     Returns
     -------
@@ -40,7 +42,7 @@ def cooper_client(task: SplitTask, mods: list[Mod] | None = None) -> ClientApp:
     """
     if not isinstance(task, SplitTask):
         raise TypeError(f"cooper_client() takes a SplitTask, not {type(task).__name__}")
-    app = ClientApp(mods=[_answer_errors, *(mods or [])])
+    app = ClientApp(mods=[_answer_errors, seal_mod, *(mods or [])])
     for action in Action:
         category, name = action.value.split(".")
         register = {"query": app.query, "train": app.train, "evaluate": app.evaluate}

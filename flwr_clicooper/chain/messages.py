@@ -23,6 +23,8 @@ GRADIENTS = "gradients"
 LABELS = "labels"
 WEIGHTS = "weights"
 ESCROW = "escrow"
+INTRODUCTION = "introduction"
+INTRODUCTIONS = "introductions"
 
 T = TypeVar("T", int, float, str, bool)
 
@@ -33,6 +35,9 @@ class Action(str, Enum):
     HELLO = "query.hello"
     LIVE = "train.live"
     SETUP = "train.setup"
+    MEET = "train.meet"
+    RESEAL = "train.reseal"
+    RESTORE = "train.restore"
     RELEASE = "train.release"
     UPLOAD = "train.upload"
     FORWARD = "train.forward"

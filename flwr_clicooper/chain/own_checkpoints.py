@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from flwr_clicooper.chain.roles import run_folder
 from flwr_clicooper.chain.stage import Stage
@@ -47,9 +46,7 @@ class OwnCheckpoints:
             return
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         for stage in stages:
-            tensors, rest = stage.escrow()
-            data = save(tensors, {"optimizer": json.dumps(rest)})
-            write_atomically(self._path(round_, stage), data)
+            write_atomically(self._path(round_, stage), save(stage.escrow()))
             self._path(round_ - _KEPT, stage).unlink(missing_ok=True)
 
     def restore(self, round_: int, stages: Sequence[Stage]) -> None:
@@ -63,15 +60,13 @@ class OwnCheckpoints:
         for stage in stages:
             path = self._path(round_, stage)
             try:
-                with safe_open(path, framework="pt") as file:
-                    rest = json.loads(file.metadata()["optimizer"])
-                    tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                tensors = load_file(path)
+            except (OSError, SafetensorError) as error:
                 raise StateError(
                     f"the owner's checkpoint {path} is missing or damaged; resume on the "
                     "machine and with the run-dir of the first run"
                 ) from error
-            stage.restore(tensors, rest)
+            stage.restore(tensors)
 
     def _path(self, round_: int, stage: Stage) -> Path:
         return self.folder / f"round-{round_}-{stage.name}.safetensors"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,14 @@ from flwr_clicooper.chain.build import (
     propagate,
     trainers_for,
 )
-from flwr_clicooper.chain.delivered import assemble, digest, save_model
+from flwr_clicooper.chain.delivered import (
+    DeliveredModel,
+    assemble,
+    check_finite,
+    digest,
+    portable,
+    save_model,
+)
 from flwr_clicooper.chain.messages import (
     ACTIVATIONS,
     GRADIENTS,
@@ -29,7 +36,12 @@ from flwr_clicooper.chain.messages import (
     array_record,
 )
 from flwr_clicooper.chain.own_checkpoints import OwnCheckpoints
-from flwr_clicooper.chain.records import Indices, LabelledSet, check_labels
+from flwr_clicooper.chain.owner_labels import OwnerLabels, all_rows, label_key
+from flwr_clicooper.chain.owner_release import OwnerRelease, bound_of
+from flwr_clicooper.chain.privacy_statement import statement_of
+from flwr_clicooper.chain.private_head import check_per_record, check_random, check_specs
+from flwr_clicooper.chain.records import Indices, LabelledSet
+from flwr_clicooper.chain.release_store import ReleaseStore
 from flwr_clicooper.chain.roles import run_folder
 from flwr_clicooper.chain.stage import Stage, position_of
 from flwr_clicooper.chain.state import StateStore
@@ -49,7 +61,6 @@ from flwr_clicooper.split.specs import (
     TensorSpec,
     check_tensors,
     describe,
-    is_finite,
 )
 
 CHUNK_BYTES = 16 * 2**20
@@ -81,7 +92,14 @@ class Owner(Worker):
                 f"the last segment gives {describe(self.specs[-1])}; the loss takes one tensor"
             )
         self.scores = self.specs[-1][0]
-        self.label_spec = TensorSpec.of(self._checked(labels, "training"))
+        run_id, node = session.context.run_id, session.context.node_config
+        self.labels = OwnerLabels(
+            session.options,
+            session.task.classifies,
+            self.scores,
+            lambda: label_key(session.options, run_id, node, self._resumed()),
+        )
+        self.label_spec = TensorSpec.of(self.labels.checked(labels, "training"))
         fingerprint = self._fingerprint()
         if self.setup.setdefault("data", fingerprint) != fingerprint:
             raise StateError(
@@ -89,12 +107,34 @@ class Owner(Worker):
                 "same each time. Seed what is random in it"
             )
         self.head = self.segments[0]
+        self.release = self._release()
         self.stages = self._trained_stages()
+
+    def _resumed(self) -> str:
+        """Return the run that this one resumes, if it does."""
+        return str(self.setup.get("resume-run", ""))
+
+    def _release(self) -> OwnerRelease:
+        """Return what leaves before training; flip the labels, if they are to be flipped."""
+        options, context = self.session.options, self.session.context
+        store = ReleaseStore.of(options, context.run_id, self._resumed())
+        self.labels.flip_all(store, self._true_labels)
+        widest = max(sum(spec.nbytes for spec in cut) for cut in self.specs[:-1])
+        return OwnerRelease(
+            options,
+            self.labels,
+            store,
+            self._head_outputs,
+            self.specs[0],
+            records=self.train.records,
+            chunk_records=max(1, CHUNK_BYTES // max(1, widest)),
+            rounds=self.setup["rounds"],
+        )
 
     def _trained_stages(self) -> list[Stage]:
         """Return the stages that the owner trains: the head, the tail, both or none."""
         stages = []
-        if not self.session.options.once:
+        if self.session.options.head_trains:
             head = self.make_segment(self.head, 0)
             stages.append(
                 Stage(
@@ -130,6 +170,7 @@ class Owner(Worker):
         given = initial_weights(message)
         for index, segment in enumerate(self.segments):
             load_initial(segment, given, index)
+        self._check_head()
         self._rehearse()
         header = Header.of(message)
         if "resume-run" in header and self.stages:
@@ -145,14 +186,14 @@ class Owner(Worker):
                 f"this one gives {self.scores}"
             )
         self.changes["head"] = self.head.state_dict()
-        widest = max(sum(s.nbytes for s in cut) for cut in self.specs[:-1])
         return {
             "records": self.train.records,
             "held-out-records": self.test.records,
             "segments": len(self.segments),
             "scores": str(self.scores),
             "labels": str(self.label_spec),
-            "chunk-records": max(1, CHUNK_BYTES // max(1, widest)),
+            "chunk-records": self.release.chunk_records,
+            "privacy": json.dumps(statement_of(self.release, self.release.allowed).as_json()),
             **{f"cut-{i}": [str(s) for s in specs] for i, specs in enumerate(self.specs)},
         }, {}
 
@@ -166,9 +207,7 @@ class Owner(Worker):
         persist = header.optional("persist", False)
         match action:
             case Action.RELEASE:
-                return self._release(
-                    header.get("chunk", int), header.get("chunk-records", int)
-                )
+                return self._released(header.get("chunk", int), header.get("release", int))
             case Action.FORWARD:
                 return self._forward(header, message, persist=persist)
             case Action.BACKWARD:
@@ -196,10 +235,25 @@ class Owner(Worker):
             )
         for part in (self.train, self.test):
             if isinstance(part.dataset, TensorDataset):
-                self._checked(part.dataset.tensors[-1], part.name)
-        labels = self._checked(labels, "held-out")
+                self.labels.checked(part.dataset.tensors[-1], part.name)
+        labels = self.labels.checked(labels, "held-out")
         with keeping_modes(nn.ModuleList(self.segments)):
-            self._measure(assemble(self.segments), inputs, labels)
+            self._measure(self._assembled(), inputs, labels)
+
+    def _check_head(self) -> None:
+        """Refuse a head under which the run's guarantee would not hold."""
+        options = self.session.options
+        if not options.private:
+            return
+        check_specs(self.specs[0], options.release)
+        inputs, _ = self._first(self.train, 3)
+        check_per_record(self.head, tuple(x.to(self.session.device) for x in inputs))
+        if options.head == "random":
+            check_random(self.session.task, self.session.config, self.head)
+
+    def _assembled(self) -> DeliveredModel:
+        """Return the delivered model: what it answers are true classes."""
+        return assemble(self.segments, bound_of(self.session.options), self.labels.map)
 
     def _measure(
         self, model: nn.Module, inputs: Tensors, labels: Tensor
@@ -215,10 +269,6 @@ class Owner(Worker):
         return loss, float(right.float().mean(dim=1).sum())
 
     # -- data --------------------------------------------------------------------
-
-    def _checked(self, labels: Tensor, name: str) -> Tensor:
-        classifies = self.session.task.classifies
-        return check_labels(labels, self.scores, name) if classifies else labels
 
     def _first(self, part: LabelledSet, records: int = 1) -> tuple[Tensors, Tensor]:
         with seeded(derive_seed(self.session.options.seed, "data", 0)):
@@ -239,7 +289,19 @@ class Owner(Worker):
         """Return records; random augmentation is seeded by what they are for."""
         with seeded(derive_seed(self.session.options.seed, "data", *purpose)):
             inputs, labels = self.train.fetch(rows)
-        return inputs, self._checked(labels, "training")
+        return inputs, self.labels.checked(labels, "training")
+
+    def _true_labels(self) -> Tensor:
+        rows = all_rows(self.train.records, self.session.options.batch_size)
+        return torch.cat([self._fetch(some, (0, i))[1] for i, some in enumerate(rows)])
+
+    def _head_outputs(self, rows: Indices, purpose: tuple[int, ...]) -> tuple[Tensors, Tensor]:
+        """Return what the head gives for records, and their true labels."""
+        inputs, labels = self._fetch(rows, purpose)
+        outputs = self.outputs_of(self.head, inputs)
+        what = f"segment 0: the head's activations of chunk {purpose[-1]} of the data set"
+        check_tensors(outputs, self.specs[0], len(rows), what)
+        return outputs, labels
 
     def _batch(self, at: Position) -> tuple[Tensors, Tensor]:
         """Return a micro-batch; the batch's other micro-batches are kept with it."""
@@ -247,22 +309,17 @@ class Owner(Worker):
             here = (at.round, at.step)
             kept = {k: v for k, v in self._batches.items() if (k.round, k.step) == here}
             purpose = (at.round, at.step, at.microbatch)
-            self._batches = kept | {at: self._fetch(self.plan.indices(at), purpose)}
+            rows = self.plan.indices(at)
+            inputs, labels = self._fetch(rows, purpose)
+            self._batches = kept | {at: (inputs, self.labels.leaving(labels, rows))}
         return self._batches[at]
 
-    # -- once: all activations leave before training -----------------------------
+    # -- activations that leave before training ------------------------------------
 
-    def _release(self, chunk: int, chunk_records: int) -> Reply:
-        if not self.session.options.once:
-            raise MessageError("the owner releases activations only once, not interactively")
-        start = chunk * chunk_records
-        stop = min(start + chunk_records, self.train.records)
-        if chunk < 0 or stop <= start:
-            raise MessageError(f"the release has no chunk {chunk}")
-        inputs, labels = self._fetch(np.arange(start, stop), (0, chunk))
-        outputs = self.outputs_of(self.head, inputs)
-        what = f"segment 0: the head's activations of chunk {chunk} of the data set"
-        check_tensors(outputs, self.specs[0], stop - start, what)
+    def _released(self, chunk: int, release: int) -> Reply:
+        if self.session.options.head_trains:
+            raise MessageError("the head trains: its activations leave step by step")
+        outputs, labels = self.release.chunk(chunk, release)
         records = {ACTIVATIONS: encode_places(outputs)}
         if self.session.options.label_side == "trainer":
             records[LABELS] = encode_places((labels,))
@@ -316,7 +373,7 @@ class Owner(Worker):
                 "is not the one that the trainer gave"
             )
         load_weights(self.segments[index], weights, f"delivered segment {index}")
-        _check_finite(weights, f"segment {index} of trainer {index}")
+        check_finite(weights, f"segment {index} of trainer {index}")
         self.changes[f"delivered-{index}"] = weights
         return {}, {}
 
@@ -325,28 +382,23 @@ class Owner(Worker):
         for index in range(1, self.setup["trainers"] + 1):
             weights = self.store.read(f"delivered-{index}")
             load_weights(self.segments[index], weights, f"delivered segment {index}")
-        model = assemble(self.segments)
-        _check_finite(model.state_dict(), "the assembled model")
+        model = self._assembled()
+        check_finite(model.state_dict(), "the assembled model")
         folder = run_folder(self.session.options, self.session.context.run_id)
-        path = save_model(model, folder, _portable(self.session.config))
+        path = save_model(model, folder, portable(self.session.config))
         model.to(self.session.device)
         loss, correct, size = 0.0, 0.0, self.session.options.batch_size
         for start in range(0, self.test.records, size):
             rows = np.arange(start, min(start + size, self.test.records))
             inputs, labels = self.test.fetch(rows)
-            sums = self._measure(model, inputs, self._checked(labels, "held-out"))
+            sums = self._measure(model, inputs, self.labels.checked(labels, "held-out"))
             loss, correct = loss + sums[0], correct + sums[1]
         task, records = self.session.task, self.test.records
         accuracy = {"accuracy": correct / records} if task.measures_accuracy else {}
-        return {**accuracy, "loss": loss / records, "model": str(path)}, {}
-
-
-def _check_finite(weights: Mapping[str, Tensor], who: str) -> None:
-    bad = [name for name, tensor in weights.items() if not is_finite(tensor)]
-    if bad:
-        raise DeliveryError(f"{who} is NaN or infinite in {bad[0]!r}; lower the learning rate")
-
-
-def _portable(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config without the paths of this machine."""
-    return {**config, "data-dir": "", "run-dir": ""}
+        privacy = statement_of(self.release, self.release.store.made("activations"))
+        return {
+            **accuracy,
+            "loss": loss / records,
+            "model": str(path),
+            "privacy": json.dumps(privacy.as_json()),
+        }, {}

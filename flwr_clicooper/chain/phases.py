@@ -1,4 +1,4 @@
-"""The phases of a run: set-up, release, rounds, delivery, and the end."""
+"""The phases of a run: set-up, rounds, delivery, and the end."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from flwr.serverapp import Grid
 
 from flwr_clicooper.chain.checkpoint import Checkpoint
 from flwr_clicooper.chain.messages import (
-    ACTIVATIONS,
     ESCROW,
-    LABELS,
+    INTRODUCTION,
+    INTRODUCTIONS,
     WEIGHTS,
     Action,
     Header,
@@ -26,6 +26,7 @@ from flwr_clicooper.chain.relay import Records, Relay, required
 from flwr_clicooper.chain.roster import Roster, find_owner
 from flwr_clicooper.chain.rundir import RunFolder
 from flwr_clicooper.chain.spent import Spent
+from flwr_clicooper.chain.transfers import Transfers
 from flwr_clicooper.grids.live import LiveGrid
 from flwr_clicooper.options import Options
 from flwr_clicooper.split.batches import BatchPlan
@@ -69,11 +70,12 @@ class ChainRun:
         self.relay = Relay(grid, self.names, options.timeout)
         self.seats = self._seats()
         self.progress: StepProgress | None = None
+        self.privacy: dict[str, Any] = {}
         self.spent = Spent(self.relay.traffic)
 
     def _seats(self) -> list[Seat]:
         seats = [Seat(stage, node) for stage, node in enumerate(self.trainers, start=1)]
-        if not self.options.once:
+        if self.options.head_trains:
             seats.insert(0, Seat(0, self.owner))
         if self.options.label_side == "owner":
             seats.append(Seat(len(self.trainers) + 1, self.owner))
@@ -94,8 +96,12 @@ class ChainRun:
         }
         self._initial = initial_arrays
         facts = self._set_up_owner()
+        introductions = [facts.optional(INTRODUCTION, "")]
         self.records = facts.get("records", int)
-        self.chunk_records = facts.get("chunk-records", int)
+        chunk_records = facts.get("chunk-records", int)
+        chunks = -(-self.records // chunk_records)
+        self.transfers = Transfers(self.relay, self.options, self.owner, self.trainers, chunks)
+        self._state_privacy(facts)
         options = self.options
         self.plan = BatchPlan(
             self.records,
@@ -113,17 +119,15 @@ class ChainRun:
                 **self._common,
                 "stage": stage,
                 "records": self.records,
-                "chunk-records": self.chunk_records,
+                "chunk-records": chunk_records,
                 "incoming": cuts[stage - 1],
                 "outgoing": cuts[stage],
                 "labels": facts.get("labels", str),
                 "scores": cuts[-1][0],
             }
             records = _initial(initial_arrays, [stage])
-            if start.round:
-                record, fields["optimizer"] = start.part(stage)
-                records = {ESCROW: record}
             reply, _ = self.relay.ask(node_id, Action.SETUP, fields, records, persist=True)
+            introductions.append(reply.optional(INTRODUCTION, ""))
             log(
                 INFO,
                 "\t%s: segment %d, %s parameters, gives %s",
@@ -132,8 +136,11 @@ class ChainRun:
                 f"{reply.get('parameters', int):,}",
                 " and ".join(cuts[stage]),
             )
+        self._introduce(introductions)
+        if start.round:
+            self._restore(start)
         if self.options.label_side == "trainer":
-            takers = ", ".join(self.relay.names[n] for n in self._label_takers())
+            takers = ", ".join(self.relay.names[n] for n in self.transfers.label_takers)
             log(INFO, "\tlabels go to %s", takers)
         if self.standbys:
             log(INFO, "\tstandby: %s", ", ".join(f"node {n}" for n in self.standbys))
@@ -145,6 +152,33 @@ class ChainRun:
             }
         )
 
+    def _introduce(self, introductions: list[str]) -> None:
+        """Bring every party the keys of the others."""
+        self._introductions = introductions
+        if self.options.seal:
+            everyone = [self.owner, *self.trainers]
+            self.relay.ask_all(everyone, Action.MEET, {INTRODUCTIONS: introductions})
+
+    def _restore(self, start: Checkpoint) -> None:
+        """Give every trainer what its segment was after the last closed round.
+
+        It was sealed for the owner, which seals it anew for who goes on with it.
+        """
+        for stage, node_id in enumerate(self.trainers, start=1):
+            records = {ESCROW: start.part(stage)}
+            fields = {"segment": stage, "round": start.round, **_resume_fields(start)}
+            if self.options.seal:
+                _, given = self.relay.ask(
+                    self.owner, Action.RESEAL, fields, records, persist=True
+                )
+                records = {ESCROW: required(given, ESCROW, self.names[self.owner])}
+            self.relay.ask(node_id, Action.RESTORE, fields, records, persist=True)
+
+    def _state_privacy(self, said: Header) -> None:
+        """Keep what the owner says that the run guarantees."""
+        self.privacy = json.loads(said.get("privacy", str))
+        self.folder.write_privacy(self.privacy)
+
     def _set_up_owner(self, **more: int) -> Header:
         """Set the owner up; return what it says of its data and of the model."""
         count = len(self.trainers)
@@ -154,39 +188,6 @@ class ChainRun:
             self.owner, Action.SETUP, self._common | more, weights, persist=True
         )
         return facts
-
-    # -- release: once, before training --------------------------------------------
-
-    def release(self) -> None:
-        """Bring the owner's activations to trainer 1 and its labels to who needs them."""
-        started = time.monotonic()
-        for chunk in range(-(-self.records // self.chunk_records)):
-            fields = {"chunk": chunk, "chunk-records": self.chunk_records}
-            _, given = self.relay.ask(self.owner, Action.RELEASE, fields)
-            who = self.relay.names[self.owner]
-            activations = required(given, ACTIVATIONS, who)
-            self._upload(self.owner, self.trainers[0], chunk, {ACTIVATIONS: activations})
-            if LABELS in given:
-                for taker in self._label_takers():
-                    self._upload(self.owner, taker, chunk, {LABELS: given[LABELS]})
-        log(
-            INFO,
-            "Released once: %s in %.1f s. %s",
-            size(self.relay.traffic.total_bytes),
-            time.monotonic() - started,
-            "The owner may go offline until delivery."
-            if self.options.label_side == "trainer"
-            else "The owner stays for the loss.",
-        )
-
-    def _label_takers(self) -> list[int]:
-        """Return who gets the labels: the last one, or all when each trains alone."""
-        return self.trainers if self.options.schedule == "local" else self.trainers[-1:]
-
-    def _upload(self, giver: int, taker: int, chunk: int, records: Records) -> None:
-        for record in records.values():
-            self.relay.count(giver, taker, record)
-        self.relay.ask(taker, Action.UPLOAD, {"chunk": chunk}, records, persist=True)
 
     # -- training ----------------------------------------------------------------
 
@@ -221,9 +222,8 @@ class ChainRun:
         replies = self.relay.ask_all(everyone, Action.CLOSE_ROUND, {"round": round_})
         parts = {}
         for stage, node_id in enumerate(self.trainers, start=1):
-            header, records = replies[node_id]
-            record = required(records, ESCROW, self.relay.names[node_id])
-            parts[stage] = (record, header.get("optimizer", str))
+            _, records = replies[node_id]
+            parts[stage] = required(records, ESCROW, self.relay.names[node_id])
         self.checkpoint.close(round_, parts)
 
     def _lockstep_round(self, round_: int) -> float:
@@ -269,14 +269,8 @@ class ChainRun:
                 size(self.relay.traffic.total_bytes),
             )
             if stage < len(self.trainers):
-                self._hand_over(node_id, self.trainers[stage])
+                self.transfers.hand_over(round_, node_id, self.trainers[stage])
         return loss
-
-    def _hand_over(self, giver: int, taker: int) -> None:
-        for chunk in range(-(-self.records // self.chunk_records)):
-            _, given = self.relay.ask(giver, Action.OUTPUTS, {"chunk": chunk})
-            outputs = required(given, ACTIVATIONS, self.relay.names[giver])
-            self._upload(giver, taker, chunk, {ACTIVATIONS: outputs})
 
     # -- delivery and the end ------------------------------------------------------
 
@@ -303,6 +297,7 @@ class ChainRun:
         metrics = {
             name: header.get(name, float) for name in ("accuracy", "loss") if name in header
         }
+        self._state_privacy(header)
         self.folder.note("delivery", **metrics)
         return metrics, header.get("model", str)
 
@@ -320,7 +315,8 @@ class ChainRun:
         self.folder.note("owner-back", was=self.owner, now=found)
         was, self.owner = self.owner, found
         self.names[found] = f"owner (node {found})"
-        self._set_up_owner(replaces=was)
+        facts = self._set_up_owner(replaces=was)
+        self._introduce([facts.optional(INTRODUCTION, ""), *self._introductions[1:]])
 
     def finish(self) -> None:
         """Let every party delete its state of the run.

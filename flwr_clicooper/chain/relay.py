@@ -110,7 +110,7 @@ class Relay:
             self.busy.discard(node_id)
             header = check_answer(reply, self.names[node_id], node_id)
             self._versions[node_id] = header.optional("version", self._versions[node_id])
-            party = _short(self.names[node_id])
+            party = short(self.names[node_id])
             self.traffic.compute[party] += header.optional("seconds", 0.0)
             self.traffic.asked[party] += time.monotonic() - self._sent_at[node_id]
             records = dict(reply.content.array_records)
@@ -151,7 +151,7 @@ class Relay:
 
     def count(self, giver: int, taker: int, record: ArrayRecord) -> None:
         """Note that a record went from one party to another."""
-        link = f"{_short(self.names[giver])} -> {_short(self.names[taker])}"
+        link = f"{short(self.names[giver])} -> {short(self.names[taker])}"
         self.traffic.link_bytes[link] += payload_bytes(record)
 
 
@@ -189,5 +189,6 @@ def required(records: Records, name: str, who: str) -> ArrayRecord:
     return records[name]
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """Return what a party is called without its node ID."""
     return name.split(" (", maxsplit=1)[0]

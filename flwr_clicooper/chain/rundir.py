@@ -17,11 +17,12 @@ from flwr_clicooper.files import write_atomically
 
 RUN_FILE = "run.toml"
 METRICS_FILE = "metrics.jsonl"
+PRIVACY_FILE = "privacy.json"
 _PACKAGES = ("flwr", "flwr-clicooper", "numpy", "safetensors", "torch")
 
 
 class RunFolder:
-    """``run.toml`` and ``metrics.jsonl`` of one run.
+    """``run.toml``, ``metrics.jsonl`` and ``privacy.json`` of one run.
 
     Parameters
     ----------
@@ -64,6 +65,11 @@ class RunFolder:
         """Write down who takes part."""
         self._record["parties"] = dict(names)
         self._write()
+
+    def write_privacy(self, statement: Mapping[str, Any]) -> None:
+        """Write the privacy statement."""
+        text = json.dumps(dict(statement), indent=2)
+        write_atomically(self.path / PRIVACY_FILE, text.encode() + b"\n")
 
     def close(self, status: str, **values: Any) -> None:
         """Write how the run ended."""

@@ -10,6 +10,7 @@ from flwr.app import Context, Message
 from flwr_clicooper.chain.messages import Action, Header, answer
 from flwr_clicooper.chain.own_checkpoints import OwnCheckpoints
 from flwr_clicooper.chain.owner import Owner
+from flwr_clicooper.chain.release_store import ReleaseStore
 from flwr_clicooper.chain.roles import OWNER
 from flwr_clicooper.chain.state import WorkerCache
 from flwr_clicooper.chain.trainer import Trainer
@@ -45,6 +46,7 @@ def serve(task: SplitTask, action: Action, message: Message, context: Context) -
         session.store().remove()
         if header.optional("delivered", False) and session.role.name == OWNER:
             OwnCheckpoints.of(session.options, session.context.run_id).delete()
+            ReleaseStore.of(session.options, session.context.run_id).forget()
         return answer(message, {})
     version = header.get("version", int)
     if action is Action.SETUP:

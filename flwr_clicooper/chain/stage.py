@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flwr_clicooper.chain.messages import Header
@@ -18,6 +19,7 @@ from flwr_clicooper.split.batches import BatchPlan, Position
 from flwr_clicooper.split.segment import Flight, Loss, Segment
 from flwr_clicooper.split.specs import Tensors, TensorSpec, check_tensor, check_tensors
 
+_REST = "optimizer-rest"
 Changes = dict[str, Mapping[str, Tensor] | None]
 Refetch = Callable[[Position], Tensors]
 
@@ -169,13 +171,14 @@ class Stage:
             f"{self.name}-buffers": None,
         }
 
-    def escrow(self) -> tuple[dict[str, Tensor], str]:
+    def escrow(self) -> dict[str, Tensor]:
         """Return all that another party needs to go on between two batches."""
         tensors, rest = self.segment.optimizer_state()
         found = {f"weights/{k}": v for k, v in self.segment.tensors().items()}
-        return found | {f"optimizer/{k}": v for k, v in tensors.items()}, rest
+        found |= {f"optimizer/{k}": v for k, v in tensors.items()}
+        return found | {_REST: torch.frombuffer(bytearray(rest.encode()), dtype=torch.uint8)}
 
-    def restore(self, tensors: Mapping[str, Tensor], rest: str) -> None:
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Set what `escrow` gave.
 
         Raises
@@ -189,6 +192,9 @@ class Stage:
             raise MessageError(
                 f"segment {self.segment.index}: the checkpoint is of another segment"
             )
+        if _REST not in tensors:
+            raise MessageError(f"segment {self.segment.index}: the checkpoint is not whole")
+        rest = bytes(tensors[_REST].numpy()).decode()
         self.segment.load_tensors(weights)
         self.segment.load_optimizer_state(_own(_under("optimizer/", tensors)), rest)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from logging import ERROR, INFO
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,11 +34,14 @@ class CooperResult(Result):
     ----------
     run_dir : Path or None
         The run's folder on the relay's machine.
+    privacy : dict
+        The privacy statement, as in ``privacy.json``; ``"words"`` has it in words.
     model : str
         Path of the delivered model on the owner's machine.
     """
 
     run_dir: Path | None = None
+    privacy: dict[str, Any] = field(default_factory=dict)
     model: str = ""
 
 
@@ -183,12 +186,15 @@ class CooperStrategy(Strategy):
     ) -> None:
         started, rounds = time.monotonic(), run.options.num_rounds
         run.set_up(initial_arrays, start)
-        if self.options.once:
-            run.release()
+        if not (self.options.head_trains or self.options.releases_each_round):
+            run.transfers.release()
         for round_ in range(start.round + 1, rounds + 1):
+            if self.options.releases_each_round:
+                run.transfers.release(round_)
             metrics = run.train_round(round_)
             result.train_metrics_clientapp[round_] = MetricRecord({**metrics})
         evaluation, result.model = run.deliver()
+        result.privacy = run.privacy
         result.evaluate_metrics_clientapp[rounds] = MetricRecord({**evaluation})
         self._summarise(run, evaluation, result.model, time.monotonic() - started)
         run.finish()
@@ -210,6 +216,8 @@ class CooperStrategy(Strategy):
         for party, share in run.spent.shares().items():
             text = ", ".join(f"{what} {part:.0%}" for what, part in share.items())
             log(INFO, "\ttraining, %-13s %s", party, text)
+        for line in run.privacy["words"].splitlines():
+            log(INFO, "\tprivacy: %s", line)
         log(INFO, "\tmodel (owner's machine) %s", model)
         log(INFO, "\trun directory           %s", run.folder.path)
 

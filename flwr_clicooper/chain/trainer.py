@@ -68,7 +68,7 @@ class Trainer(Worker):
         if self.local and not self.last:
             classes = self.scores.shape[0]
             trained = WithAuxiliary(self.module, self.outgoing, classes, options.seed)
-        stored_inputs = self.local or (self.index == 1 and options.once)
+        stored_inputs = self.local or (self.index == 1 and not options.head_trains)
         self.stage = Stage(
             self.make_segment(trained, self.index),
             self.plan,
@@ -94,9 +94,6 @@ class Trainer(Worker):
     def start(self, message: Message) -> Reply:
         """Check that the segment fits its neighbours; load initial weights."""
         load_initial(self.module, initial_weights(message), self.index)
-        if ESCROW in message.content.array_records:
-            tensors = decode(array_record(message, ESCROW), f"{self.who}: checkpoint")
-            self.stage.restore(tensors, Header.of(message).get("optimizer", str))
         giver = f"segment {self.index - 1}"
         found = outgoing_specs(self.module, self.stage.incoming, self.index, giver)
         if found != self.outgoing:
@@ -124,8 +121,12 @@ class Trainer(Worker):
                 return self._outputs(header.get("chunk", int))
             case Action.CLOSE_ROUND:
                 self.changes |= self.stage.whole()
-                tensors, rest = self.stage.escrow()
-                return {"optimizer": rest}, {ESCROW: encode(tensors)}
+                return {}, {ESCROW: encode(self.stage.escrow())}
+            case Action.RESTORE:
+                what = f"{self.who}: checkpoint"
+                self.stage.restore(decode(array_record(message, ESCROW), what))
+                self.changes |= self.stage.whole()
+                return {}, {}
             case Action.DELIVER:
                 weights = self.module.state_dict()
                 return {"digest": digest(weights)}, {WEIGHTS: encode(weights)}
@@ -161,7 +162,7 @@ class Trainer(Worker):
         return {}, ({GRADIENTS: encode_places(back)} if self.stage.input_grads else {})
 
     def _labels(self, at: Position, message: Message) -> Tensor:
-        if self.session.options.once:
+        if not self.session.options.head_trains:
             return self.uploads.labels(self.plan.indices(at))
         what, records = f"{self.who}: labels at {at}", len(self.plan.indices(at))
         given = decode_places(array_record(message, LABELS), what)

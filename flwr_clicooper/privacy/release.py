@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -81,35 +81,89 @@ class GaussianRelease:
         DataError
             The batch has no record dimension, is complex, or is not finite.
         """
-        clipped = self.clipped(batch)
+        return self.joint((batch,))[0]
+
+    def joint(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Return batches of the same records, released as one.
+
+        A record is its row over all batches: ``clip`` bounds the norm of that whole row,
+        so `sensitivity` is that of all batches together, not of each.
+
+        Parameters
+        ----------
+        batches : sequence of Tensor
+            At least one, each ``[records, ...]``; row ``i`` of each belongs to record ``i``.
+
+        Raises
+        ------
+        DataError
+            As for one batch, or there is no batch, or they differ in their number of
+            records.
+        """
+        clipped = self._clipped(batches)
         if self.sigma:
-            add_noise(clipped, self.sigma)
-        return clipped.to(batch.dtype) if batch.is_floating_point() else clipped
+            for values in clipped:
+                add_noise(values, self.sigma)
+        return [
+            values.to(batch.dtype) if batch.is_floating_point() else values
+            for values, batch in zip(clipped, batches, strict=True)
+        ]
 
     def clipped(self, batch: Tensor) -> Tensor:
         """Return a clipped copy of a batch, float32 or float64, without noise."""
-        if batch.ndim == 0 or batch.is_complex():
+        return self._clipped((batch,))[0]
+
+    def _clipped(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        rows = [_rows(batch) for batch in batches]
+        sizes = [len(values) for values in rows]
+        if len(set(sizes)) != 1:
             raise DataError(
-                f"a release takes real tensors of records; this one is "
-                f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
+                f"batches of {sizes} records came; a joint release takes at least one batch, "
+                "and all of the same records"
             )
-        wide = batch.dtype == torch.float64
-        values = batch.detach().to(torch.float64 if wide else torch.float32)
-        rows = values.flatten(1) if values.ndim > 1 else values[:, None]
         if self.unit == ELEMENT:
-            _check_finite(rows.aminmax() if rows.numel() else ())
-            return rows.clamp(-self.clip, self.clip).reshape(batch.shape)
-        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-        _check_finite((norms,))
+            clipped = [self._cut(values) for values in rows]
+        else:
+            scale = self._scale(rows)
+            clipped = [_scaled(values, scale) for values in rows]
+        return [
+            values.reshape(batch.shape) for values, batch in zip(clipped, batches, strict=True)
+        ]
+
+    def _cut(self, rows: Tensor) -> Tensor:
+        _check_finite(rows.aminmax() if rows.numel() else ())
+        return rows.clamp(-self.clip, self.clip)
+
+    def _scale(self, rows: Sequence[Tensor]) -> Tensor:
+        """Return the factor, at most 1, of each record."""
+        norm, *others = (torch.linalg.vector_norm(v, dim=1, dtype=torch.float64) for v in rows)
+        for other in others:
+            norm = torch.hypot(norm, other)
+        _check_finite((norm,))
         # A record of norm zero stays as it is.
-        scale = (self.clip * _MARGIN / norms.clamp_min(1e-300)).clamp_max(1.0)
-        # A factor below the smallest normal number would lose digits, and with them the
-        # bound; its root does not.
-        root = scale.sqrt().to(rows.dtype)[:, None]
-        tiny = bool((scale < torch.finfo(rows.dtype).tiny).any())
-        factor = scale.to(rows.dtype)[:, None]
-        clipped: Tensor = rows * root * root if tiny else rows * factor
-        return clipped.reshape(batch.shape)
+        scale: Tensor = (self.clip * _MARGIN / norm.clamp_min(1e-300)).clamp_max(1.0)
+        return scale
+
+
+def _rows(batch: Tensor) -> Tensor:
+    """Return a batch as float32 or float64 ``[records, elements]``."""
+    if batch.ndim == 0 or batch.is_complex():
+        raise DataError(
+            f"a release takes real tensors of records; this one is "
+            f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
+        )
+    wide = batch.dtype == torch.float64
+    values = batch.detach().to(torch.float64 if wide else torch.float32)
+    return values.flatten(1) if values.ndim > 1 else values[:, None]
+
+
+def _scaled(rows: Tensor, scale: Tensor) -> Tensor:
+    # A factor below the smallest normal number would lose digits, and with them the
+    # bound; its root does not.
+    root = scale.sqrt().to(rows.dtype)[:, None]
+    tiny = bool((scale < torch.finfo(rows.dtype).tiny).any())
+    scaled: Tensor = rows * root * root if tiny else rows * scale.to(rows.dtype)[:, None]
+    return scaled
 
 
 def add_noise(tensor: Tensor, sigma: float) -> None:

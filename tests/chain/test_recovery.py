@@ -111,6 +111,7 @@ def test_a_standby_takes_over_and_the_result_is_the_same(
     assert {p.name for p in result.run_dir.iterdir()} == {
         "run.toml",
         "metrics.jsonl",
+        "privacy.json",
         "model.safetensors",
     }
 
@@ -241,7 +242,7 @@ def test_an_owner_that_does_not_come_back_leaves_a_run_to_resume(tmp_path: Path)
     with pytest.raises(ClientTimeoutError, match=r"no owner came within 1 s .*owner-timeout"):
         run_leaving(tmp_path / "a", Gone, **{"owner-timeout": 1.0})
     (first,) = (tmp_path / "a").iterdir()
-    result = run(task, tmp_path / "b", [], release="clean", resume=str(first))
+    result = run(task, tmp_path / "a", [], release="clean", resume=str(first))
     assert result.train_metrics_clientapp == {}
     equal(weights(result, task), undisturbed(task, tmp_path, release="clean"))
 

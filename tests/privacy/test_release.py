@@ -118,6 +118,58 @@ def test_bad_parameters_are_refused(unit: str, clip: float, sigma: float) -> Non
         GaussianRelease(unit, clip, sigma)
 
 
+# -- several batches of the same records -----------------------------------------------------
+
+
+def test_a_joint_release_bounds_the_norm_of_the_whole_row() -> None:
+    release = GaussianRelease("record", 1.0, 0.0)
+    first, second = release.joint([batch(50, 3, 4, scale=5), batch(50, 2, scale=7).double()])
+    assert first.shape == (50, 3, 4)
+    assert first.dtype == torch.float32
+    assert second.dtype == torch.float64
+    norms = torch.cat([first.double().flatten(1), second], dim=1).norm(dim=1)
+    assert bool((norms <= 1).all())
+    assert bool((norms > 1 - 1e-5).all())  # and wastes nothing: alone each would be 1
+
+
+def test_a_joint_release_keeps_short_rows_and_the_direction_of_long_ones() -> None:
+    release = GaussianRelease("record", 1.0, 0.0)
+    one = torch.tensor([[0.3, 0.0], [30.0, 0.0], [0.0, 0.0]])
+    other = torch.tensor([0.4, 40.0, 0.0])  # a batch of one number each
+    first, second = release.joint([one, other])
+    assert torch.allclose(first, torch.tensor([[0.3, 0.0], [0.6, 0.0], [0.0, 0.0]]))
+    assert torch.allclose(second, torch.tensor([0.4, 0.8, 0.0]))
+
+
+def test_a_joint_release_of_one_batch_is_that_of_the_batch() -> None:
+    release, one = GaussianRelease("record", 0.9, 0.0), batch(40, 6, scale=2)
+    assert torch.equal(release.joint([one])[0], release(one))
+
+
+def test_each_batch_of_a_joint_release_gets_the_noise() -> None:
+    zeros = [torch.zeros(200, 100), torch.zeros(200, 100, dtype=torch.float64)]
+    first, second = GaussianRelease("record", 1.0, 3.0).joint(zeros)
+    for noise in (first, second):
+        assert kstest(noise.double().numpy().ravel() / 3, "norm").pvalue > FALSE_ALARM
+    correlation = float((first.double() * second).mean()) / 9
+    assert abs(correlation) * math.sqrt(20_000) < norm.isf(FALSE_ALARM / 2)
+
+
+@pytest.mark.parametrize("unit", ["record", "element"])
+@pytest.mark.parametrize("sizes", [(), (3, 4)])
+def test_batches_that_are_not_of_the_same_records_are_refused(
+    unit: str, sizes: tuple[int, ...]
+) -> None:
+    with pytest.raises(DataError, match="of the same records"):
+        GaussianRelease(unit, 1.0, 1.0).joint([torch.zeros(size, 2) for size in sizes])
+
+
+@pytest.mark.parametrize("unit", ["record", "element"])
+def test_one_batch_that_is_not_finite_refuses_the_joint_release(unit: str) -> None:
+    with pytest.raises(DataError, match="NaN or infinity"):
+        GaussianRelease(unit, 1.0, 1.0).joint([torch.ones(2), torch.tensor([1.0, math.nan])])
+
+
 # -- noise -----------------------------------------------------------------------------------
 
 

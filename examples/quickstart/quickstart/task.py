@@ -6,7 +6,7 @@ from torch.utils.data import TensorDataset
 
 from flwr_clicooper import SplitTask
 from flwr_clicooper.datasets import fashion_mnist
-from flwr_clicooper.task import Config
+from flwr_clicooper.task import Config, outputs_for
 
 WARM_UP = 0.15
 
@@ -28,7 +28,7 @@ class FashionTask(SplitTask):
             nn.Linear(128 * 9, 320),
             nn.ReLU(),
             nn.Dropout(0.1),
-            nn.Linear(320, 10),
+            nn.Linear(320, outputs_for(10, config)),
         )
         return [head, first, second, third]
 

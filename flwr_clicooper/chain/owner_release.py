@@ -1,0 +1,149 @@
+"""The activations as they leave the owner, under the run's guarantee."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flwr_clicooper.chain.messages import ACTIVATIONS, LABELS
+from flwr_clicooper.chain.owner_labels import OwnerLabels, all_rows
+from flwr_clicooper.chain.records import Indices
+from flwr_clicooper.chain.release_store import ReleaseStore
+from flwr_clicooper.errors import MessageError
+from flwr_clicooper.options import Options
+from flwr_clicooper.privacy.accounting import mu_for, noise_for
+from flwr_clicooper.privacy.release import GaussianRelease
+from flwr_clicooper.privacy.synthetic import normalise, release_synthetic
+from flwr_clicooper.split.specs import Tensors, TensorSpec
+
+Bound = Callable[[Tensors], Tensors]
+HeadOutputs = Callable[[Indices, tuple[int, ...]], tuple[Tensors, Tensor]]
+"""Activations and true labels of some records; random augmentation by what they are for."""
+
+
+@dataclass
+class OwnerRelease:
+    """Everything that the owner releases before and between rounds.
+
+    Attributes
+    ----------
+    options : Options
+        The run's options.
+    labels : OwnerLabels
+        How labels leave.
+    store : ReleaseStore
+        What was released with noise.
+    outputs : callable
+        What the head gives.
+    cut : sequence of TensorSpec
+        What crosses the first cut.
+    records, chunk_records, rounds : int
+        Training records, records per message, rounds of the run.
+    """
+
+    options: Options
+    labels: OwnerLabels
+    store: ReleaseStore
+    outputs: HeadOutputs
+    cut: Sequence[TensorSpec]
+    records: int
+    chunk_records: int
+    rounds: int
+
+    @property
+    def allowed(self) -> int:
+        """How often each record may be released."""
+        return self.rounds if self.options.release == "interactive" else 1
+
+    @property
+    def elements(self) -> int:
+        """Numbers in a record's activation."""
+        return sum(torch.Size(spec.shape).numel() for spec in self.cut)
+
+    @property
+    def mechanism(self) -> GaussianRelease:
+        """What is done to each record in `local-dp` and `interactive`."""
+        o = self.options
+        sensitivity = GaussianRelease(o.privacy_unit, o.clip, 0.0).sensitivity
+        sigma = noise_for(o.epsilon, o.delta, sensitivity, self.allowed)
+        return GaussianRelease(o.privacy_unit, o.clip, sigma)
+
+    def chunk(self, number: int, release: int) -> tuple[Tensors, Tensor]:
+        """Return a chunk of activations and labels as they may leave.
+
+        Parameters
+        ----------
+        number : int
+            Of the chunk.
+        release : int
+            0, or the round that a fresh release is for.
+
+        Raises
+        ------
+        MessageError
+            There is no such chunk or release.
+        PrivacyBudgetExceeded
+            It was released as often as is allowed.
+        """
+        rows = all_rows(self.records, self.chunk_records)
+        last = self.rounds if self.options.release == "interactive" else 0
+        if not 0 <= number < len(rows) or not min(1, last) <= release <= last:
+            raise MessageError(f"the run has no chunk {number} of release {release}")
+        if not self.options.private:
+            outputs, labels = self.outputs(rows[number], (release, number))
+            return outputs, self.labels.leaving(labels, rows[number])
+        if self.options.release == "central-dp":
+            stored = self.store.get("synthetic", 0, 1, self._synthetic)
+            here = slice(int(rows[number][0]), int(rows[number][-1]) + 1)
+            stored = {name: tensor[here] for name, tensor in stored.items()}
+        else:
+            name = f"activations-{number}"
+            make = partial(self._noised, rows[number], number, release)
+            stored = self.store.get(name, release, self.allowed, make)
+        tensors = tuple(stored[f"{ACTIVATIONS}/{i}"] for i in range(len(self.cut)))
+        return tensors, self.labels.encoded(stored[LABELS], rows[number])
+
+    def _noised(self, rows: Indices, number: int, release: int) -> Mapping[str, Tensor]:
+        outputs, labels = self.outputs(rows, (release, number))
+        return _named(jointly(self.mechanism, outputs), self.labels.told(labels, rows))
+
+    def _synthetic(self) -> Mapping[str, Tensor]:
+        mu = mu_for(self.options.epsilon, self.options.delta)
+        made = release_synthetic(self._features, self.labels.classes, self.records, mu)
+        return _named((made.features,), made.labels)
+
+    def _features(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, rows in enumerate(all_rows(self.records, self.chunk_records)):
+            (features,), labels = self.outputs(rows, (0, number))
+            yield features, labels
+
+
+def bound_of(options: Options) -> Bound | None:
+    """Return how activations are bounded before noise; the delivered model does it too."""
+    if not options.private:
+        return None
+    if options.release == "central-dp":
+        return lambda tensors: (normalise(tensors[0]),)
+    return partial(jointly, GaussianRelease(options.privacy_unit, options.clip, 0.0))
+
+
+def jointly(mechanism: GaussianRelease, tensors: Tensors) -> Tensors:
+    """Return what a mechanism makes of several tensors, one row per record over all."""
+    if len(tensors) == 1:
+        return (mechanism(tensors[0]),)
+    rows = [tensor.flatten(1) for tensor in tensors]
+    widths = [row.shape[1] for row in rows]
+    parts = torch.split(mechanism(torch.cat(rows, dim=1)), widths, dim=1)
+    return tuple(
+        part.reshape(tensor.shape).to(tensor.dtype)
+        for part, tensor in zip(parts, tensors, strict=True)
+    )
+
+
+def _named(tensors: Tensors, labels: Tensor) -> Mapping[str, Tensor]:
+    named = {f"{ACTIVATIONS}/{i}": tensor for i, tensor in enumerate(tensors)}
+    return {**named, LABELS: labels}
