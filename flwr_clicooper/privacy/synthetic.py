@@ -123,9 +123,8 @@ def normalise(features: Tensor) -> Tensor:
     # Elements of at most 1 first: squares of very large or small ones would be lost.
     rows = rows / rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    scaled = (rows * (math.sqrt(rows.shape[1]) * _MARGIN / norms.clamp_min(1.0))).reshape(
-        features.shape
-    )
+    bound = math.sqrt(rows.shape[1]) * _MARGIN
+    scaled: Tensor = (rows * (bound / norms.clamp_min(1.0))).reshape(features.shape)
     return scaled if features.dtype == torch.float64 else scaled.float()
 
 
