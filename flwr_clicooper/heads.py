@@ -37,8 +37,8 @@ def random_conv(
 
     Oriented filters of two sizes, rectified both ways, averaged over a grid of places; the
     root; then the leading principal components of the responses to pictures of random
-    shapes that are drawn from the seed. Against a random projection this keeps what matters
-    in pictures: on Fashion-MNIST, 256 features, it is worth two points of accuracy.
+    shapes that are drawn from the seed. A random projection would mix these with what all
+    pictures have in common.
 
     Parameters
     ----------

@@ -45,7 +45,6 @@ from flwr_clicooper.chain.release_store import ReleaseStore
 from flwr_clicooper.chain.roles import run_folder
 from flwr_clicooper.chain.stage import Stage, position_of
 from flwr_clicooper.chain.state import StateStore
-from flwr_clicooper.chain.tensors import decode, decode_places, encode_places
 from flwr_clicooper.chain.worker import Reply, Session, Worker, initial_weights
 from flwr_clicooper.errors import (
     DataError,
@@ -54,6 +53,7 @@ from flwr_clicooper.errors import (
     SplitError,
     StateError,
 )
+from flwr_clicooper.grids.tensors import decode, decode_places, encode_places
 from flwr_clicooper.split.batches import Position, derive_seed
 from flwr_clicooper.split.modules import keeping_modes, load_weights, seeded
 from flwr_clicooper.split.specs import (

@@ -109,7 +109,7 @@ class OwnerRelease:
 
     def _noised(self, rows: Indices, number: int, release: int) -> Mapping[str, Tensor]:
         outputs, labels = self.outputs(rows, (release, number))
-        return _named(jointly(self.mechanism, outputs), self.labels.told(labels, rows))
+        return _named(tuple(self.mechanism.joint(outputs)), self.labels.told(labels, rows))
 
     def _synthetic(self) -> Mapping[str, Tensor]:
         mu = mu_for(self.options.epsilon, self.options.delta)
@@ -128,20 +128,8 @@ def bound_of(options: Options) -> Bound | None:
         return None
     if options.release == "central-dp":
         return lambda tensors: (normalise(tensors[0]),)
-    return partial(jointly, GaussianRelease(options.privacy_unit, options.clip, 0.0))
-
-
-def jointly(mechanism: GaussianRelease, tensors: Tensors) -> Tensors:
-    """Return what a mechanism makes of several tensors, one row per record over all."""
-    if len(tensors) == 1:
-        return (mechanism(tensors[0]),)
-    rows = [tensor.flatten(1) for tensor in tensors]
-    widths = [row.shape[1] for row in rows]
-    parts = torch.split(mechanism(torch.cat(rows, dim=1)), widths, dim=1)
-    return tuple(
-        part.reshape(tensor.shape).to(tensor.dtype)
-        for part, tensor in zip(parts, tensors, strict=True)
-    )
+    clipping = GaussianRelease(options.privacy_unit, options.clip, 0.0)
+    return lambda tensors: tuple(clipping.joint(tensors))
 
 
 def _named(tensors: Tensors, labels: Tensor) -> Mapping[str, Tensor]:

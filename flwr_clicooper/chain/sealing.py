@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
 from flwr_clicooper.chain.identity import check_peers, own_identity
@@ -34,12 +34,11 @@ from flwr_clicooper.chain.messages import (
 from flwr_clicooper.chain.roles import OWNER, run_folder, state_folder
 from flwr_clicooper.errors import SealError, StateError
 from flwr_clicooper.files import write_atomically
+from flwr_clicooper.mods.sealed_records import RecordSealer
 from flwr_clicooper.options import Options
 from flwr_clicooper.privacy.sealing import Introduction, KeyRing, Order, introduce
 
 FILE = "seal.json"
-_DIGITS = 18
-SEALED = "clicooper.sealed"
 _POSITION = ("round", "step", "microbatch", "release", "chunk")
 _AT_REST = frozenset({ESCROW})
 """Records that may be opened later, and more than once."""
@@ -57,26 +56,20 @@ class Sealer:
 
     Attributes
     ----------
-    ring : KeyRing
-        The keys.
+    records : RecordSealer
+        The keys, and the numbers of what goes and comes.
     stage, trainers : int
         The party's place, 0 for the owner, and the length of the chain.
     to_all : bool
         Whether labels go to all trainers, not only to the last.
-    order : Order
-        The next number of what comes.
-    sent : dict of str to int
-        The next number of what goes, by channel.
     handled : int
         Messages so far; tells which copy of this is the newest.
     """
 
-    ring: KeyRing
+    records: RecordSealer
     stage: int
     trainers: int
     to_all: bool
-    order: Order = field(default_factory=Order)
-    sent: dict[str, int] = field(default_factory=dict)
     handled: int = 0
 
     def receivers(self, name: str, segment: int) -> list[str]:
@@ -115,24 +108,14 @@ class Sealer:
             del message.content[name]
             for taker in takers:
                 one = name if len(takers) == 1 else for_taker(name, taker)
-                message.content[one] = self.sealed(name, record, taker, header, whole=whole)
-
-    def sealed(
-        self, name: str, record: ArrayRecord, taker: str, header: Header, *, whole: bool
-    ) -> ArrayRecord:
-        """Return a record sealed for a party."""
-        channel = f"{name} to {taker}"
-        number = 0 if name in _AT_REST else self.sent.get(channel, 0)
-        self.sent[channel] = number + bool(record)
-        found = ArrayRecord()
-        for key, array in record.items():
-            about = _about(name, key, array, array.stype, number, header)
-            sealed = self.ring.seal(taker, about, array.data)
-            stype = f"{SEALED}:{number}:{array.stype}"
-            closed = Array(array.dtype, tuple(array.shape), stype, b"")
-            closed.data = bytes(sealed) if whole else memoryview(sealed)  # type: ignore[assignment]
-            found[key] = closed
-        return found
+                message.content[one] = self.records.seal(
+                    name,
+                    record,
+                    taker,
+                    _place(header),
+                    whole=whole,
+                    counted=name not in _AT_REST,
+                )
 
     def open(self, message: Message, header: Header, segment: int) -> Message:
         """Return a request with all arrays opened.
@@ -146,46 +129,23 @@ class Sealer:
         opened.content = RecordDict(dict(message.content))
         for name, record in message.content.array_records.items():
             giver = self.sender(name, segment)
-            opened.content[name] = self.opened(name, record, giver, header)
+            what = f"{name} at {_in_words(header)}"
+            opened.content[name] = self.records.open(
+                name, record, giver, _place(header), what, counted=name not in _AT_REST
+            )
         return opened
-
-    def opened(
-        self, name: str, record: ArrayRecord, giver: str, header: Header
-    ) -> ArrayRecord:
-        """Return a record that a party sealed for this one.
-
-        Raises
-        ------
-        SealError
-            As `open`.
-        """
-        what = f"{name} at {_place(header)}"
-        found, numbers = ArrayRecord(), set()
-        if not record:  # of a segment without weights; nothing that could be sealed
-            return found
-        for key, array in record.items():
-            number, stype = _taken_apart(array.stype, what, giver)
-            numbers.add(number)
-            about = _about(name, key, array, stype, number, header)
-            data = self.ring.open(giver, about, array.data, what)
-            found[key] = Array(array.dtype, tuple(array.shape), stype, data)
-        if len(numbers) != 1:
-            raise SealError(f"{what} from {giver}: its arrays are not of one message")
-        if name not in _AT_REST:
-            self.order.check(f"{name} from {giver}", numbers.pop())
-        return found
 
     # -- files -------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
         """Write it to a file that only its owner may read."""
         fields = {
-            "ring": self.ring.to_json().decode(),
+            "ring": self.records.ring.to_json().decode(),
             "stage": self.stage,
             "trainers": self.trainers,
             "to-all": self.to_all,
-            "expected": self.order.expected,
-            "sent": self.sent,
+            "expected": self.records.order.expected,
+            "sent": self.records.sent,
             "handled": self.handled,
         }
         write_atomically(folder / FILE, json.dumps(fields).encode(), durable=False)
@@ -201,15 +161,10 @@ class Sealer:
         """
         try:
             fields = json.loads((folder / FILE).read_text())
-            return cls(
-                KeyRing.from_json(fields["ring"].encode()),
-                fields["stage"],
-                fields["trainers"],
-                fields["to-all"],
-                Order(fields["expected"]),
-                fields["sent"],
-                fields["handled"],
-            )
+            ring = KeyRing.from_json(fields["ring"].encode())
+            records = RecordSealer(ring, Order(fields["expected"]), fields["sent"])
+            place = (fields["stage"], fields["trainers"], fields["to-all"])
+            return cls(records, *place, fields["handled"])
         except (OSError, ValueError, TypeError, LookupError, SealError) as error:
             raise StateError(f"the keys in {folder / FILE} are missing or damaged") from error
 
@@ -230,7 +185,9 @@ def seal_mod(message: Message, context: Context, call_next: ClientAppCallable) -
         reply = call_next(message, context)
         sealer = _introduced(header, context, options)
         if HEADER in reply.content.config_records:  # else the relay says what is missing
-            reply.content.config_records[HEADER][INTRODUCTION] = sealer.ring.own.to_json()
+            reply.content.config_records[HEADER][INTRODUCTION] = (
+                sealer.records.ring.own.to_json()
+            )
     else:
         sealer = _newest(key, folder, persisted=persist)
         if action is Action.MEET:
@@ -265,7 +222,7 @@ def _introduced(header: Header, context: Context, options: Options) -> Sealer:
         str(context.run_id), party(stage, trainers), str(identity.public), identity.sign
     )
     ring = KeyRing(own, private, {})
-    return Sealer(ring, stage, trainers, to_all=options.schedule == "local")
+    return Sealer(RecordSealer(ring), stage, trainers, to_all=options.schedule == "local")
 
 
 def _meet(sealer: Sealer, message: Message, context: Context) -> Message:
@@ -273,17 +230,17 @@ def _meet(sealer: Sealer, message: Message, context: Context) -> Message:
     texts = Header.of(message).texts(INTRODUCTIONS)
     given = {i.party: i for i in map(Introduction.from_json, texts)}
     places = {OWNER: 0} | {party(i, sealer.trainers): i for i in range(1, sealer.trainers + 1)}
-    own = sealer.ring.own
+    own = sealer.records.ring.own
     if given.keys() != places.keys() or given[own.party] != own:
         raise SealError(f"the relay did not introduce {own.party} and its peers as they are")
     peers = {name: peer for name, peer in given.items() if name != own.party}
     check_peers(own.run, {name: (places[name], peer) for name, peer in peers.items()}, context)
-    sealer.ring = sealer.ring.with_peers(peers)
+    sealer.records.ring = sealer.records.ring.with_peers(peers)
     if sealer.stage == 0:
         options = Options.from_config(context.run_config)
         _rings(options, own.run).mkdir(parents=True, exist_ok=True, mode=0o700)
         path = _rings(options, own.run) / f"ring-{own.nonce.hex()}.json"
-        write_atomically(path, sealer.ring.to_json())
+        write_atomically(path, sealer.records.ring.to_json())
     return answer(message, {})
 
 
@@ -291,19 +248,20 @@ def _reseal(sealer: Sealer, message: Message, options: Options) -> Message:
     """At the owner: open what a trainer escrowed in an earlier attempt, seal it for now."""
     header = Header.of(message)
     taker = party(header.get("segment", int), sealer.trainers)
-    sealed = array_record(message, ESCROW)
+    sealed, place = array_record(message, ESCROW), _place(header)
+    what = f"{ESCROW} at {_in_words(header)}"
     refused = SealError(
         f"the owner has no keys to the checkpoint of {taker}; resume on its machine and with "
         "the run-dir of the first run"
     )
     for path in _rings(options, header.get("resume-run", str)).glob("ring-*.json"):
-        earlier = replace(sealer, ring=KeyRing.from_json(path.read_bytes()))
+        earlier = RecordSealer(KeyRing.from_json(path.read_bytes()))
         try:
-            record = earlier.opened(ESCROW, sealed, taker, header)
+            record = earlier.open(ESCROW, sealed, taker, place, what, counted=False)
         except SealError as error:
             refused = error
             continue
-        again = sealer.sealed(ESCROW, record, taker, header, whole=True)
+        again = sealer.records.seal(ESCROW, record, taker, place, counted=False)
         return answer(message, {}, {ESCROW: again})
     raise refused
 
@@ -331,24 +289,11 @@ def for_taker(name: str, taker: str) -> str:
     return f"{name} for {taker}"
 
 
-def _place(header: Header) -> str:
+def _place(header: Header) -> list[int]:
+    """Return what binds a record to its step; giver and taker get the same header fields."""
+    return [header.optional(name, -1) for name in _POSITION]
+
+
+def _in_words(header: Header) -> str:
     found = [(name, header.optional(name, -1)) for name in _POSITION]
     return ", ".join(f"{name} {value}" for name, value in found if value >= 0) or "delivery"
-
-
-def _about(
-    name: str, key: str, array: Array, stype: str, number: int, header: Header
-) -> bytes:
-    """Return what a sealed array is bound to: both ends must come to the same."""
-    position = [header.optional(field_, -1) for field_ in _POSITION]
-    shape = list(array.shape)
-    return json.dumps([name, key, array.dtype, shape, stype, number, position]).encode()
-
-
-def _taken_apart(stype: str, what: str, giver: str) -> tuple[int, str]:
-    """Return the number and the serialisation type of a sealed array."""
-    mark, _, rest = stype.partition(":")
-    number, _, inner = rest.partition(":")
-    if mark != SEALED or not number.isdecimal() or len(number) > _DIGITS:
-        raise SealError(f"{what} from {giver} is not sealed")
-    return int(number), inner

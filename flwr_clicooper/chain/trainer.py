@@ -30,10 +30,10 @@ from flwr_clicooper.chain.messages import (
 from flwr_clicooper.chain.records import check_labels
 from flwr_clicooper.chain.stage import Changes, Stage, parse_specs, position_of
 from flwr_clicooper.chain.state import StateStore
-from flwr_clicooper.chain.tensors import decode, decode_places, encode, encode_places
 from flwr_clicooper.chain.uploads import Uploads
 from flwr_clicooper.chain.worker import Reply, Session, Worker, initial_weights
 from flwr_clicooper.errors import MessageError, SplitError
+from flwr_clicooper.grids.tensors import decode, decode_places, encode, encode_places
 from flwr_clicooper.split.batches import Position
 from flwr_clicooper.split.specs import Tensors, check_tensors, describe
 

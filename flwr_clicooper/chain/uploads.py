@@ -10,8 +10,8 @@ from flwr_clicooper.chain.messages import ACTIVATIONS, LABELS, Header, array_rec
 from flwr_clicooper.chain.records import Indices, StoredRecords
 from flwr_clicooper.chain.stage import Changes
 from flwr_clicooper.chain.state import StateStore
-from flwr_clicooper.chain.tensors import decode_places
 from flwr_clicooper.errors import MessageError
+from flwr_clicooper.grids.tensors import decode_places
 from flwr_clicooper.split.specs import Tensors, TensorSpec, check_tensors
 
 

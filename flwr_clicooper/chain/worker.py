@@ -16,7 +16,7 @@ from flwr_clicooper.chain.messages import WEIGHTS, Action, Header
 from flwr_clicooper.chain.roles import Role, role_of, state_folder
 from flwr_clicooper.chain.stage import Changes, Stage
 from flwr_clicooper.chain.state import StateStore
-from flwr_clicooper.chain.tensors import decode
+from flwr_clicooper.grids.tensors import decode
 from flwr_clicooper.options import Options, task_config
 from flwr_clicooper.split.batches import BatchPlan, Position
 from flwr_clicooper.split.modules import keeping_modes

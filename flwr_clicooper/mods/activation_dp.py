@@ -151,7 +151,7 @@ class ActivationDPMod:
         return reply
 
     def _release(self, record: ArrayRecord) -> ArrayRecord:
-        from flwr_clicooper.chain.tensors import encode
+        from flwr_clicooper.grids.tensors import encode
         from flwr_clicooper.privacy.release import GaussianRelease
 
         tensors = [_tensor(array, f"{self.record!r}: {k!r}") for k, array in record.items()]
@@ -258,7 +258,7 @@ def _locked(path: Path | None) -> Iterator[dict[str, Any]]:
 def _tensor(array: Array, what: str) -> Tensor:
     import torch
 
-    from flwr_clicooper.chain.tensors import decode_tensor
+    from flwr_clicooper.grids.tensors import decode_tensor
 
     if array.stype != SType.NUMPY:
         return decode_tensor(array, what)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from flwr_clicooper import CooperError, CooperStrategy, LocalGrid, SplitTask, cooper_client
 from flwr_clicooper.chain.serve import CACHE
-from flwr_clicooper.chain.tensors import encode_tensor
+from flwr_clicooper.grids.tensors import encode_tensor
 from tests.tasks import LinearTask, nodes
 from tests.test_exactness import ForgetfulGrid
 

@@ -16,8 +16,8 @@ from torch.utils.data import TensorDataset
 
 from flwr_clicooper import CooperStrategy, LocalGrid, cooper_client, load_delivered
 from flwr_clicooper.chain.build import build_segments
-from flwr_clicooper.chain.tensors import decode
 from flwr_clicooper.errors import ClientError, CooperError, DeliveryError, StateError
+from flwr_clicooper.grids.tensors import decode
 from flwr_clicooper.options import task_config
 from flwr_clicooper.privacy.accounting import epsilon_of, noise_for
 from tests.chain.test_recovery import Saboteur
@@ -498,3 +498,66 @@ def test_a_model_of_a_private_run_needs_its_task(tmp_path: Path) -> None:
     _, result = run(tmp_path, **LOCAL)
     with pytest.raises(DeliveryError):
         load_delivered(result.run_dir, LinearTask(3))
+
+
+# -- synthetic records -----------------------------------------------------------------
+
+CENTRAL = {"release": "central-dp", "epsilon": 4.0, "head": "random"}
+
+
+class Many(LinearTask):
+    """Enough records that their statistics survive the noise."""
+
+    def datasets(self, config: Any) -> tuple[TensorDataset, TensorDataset]:
+        return TensorDataset(*self.data(6000, 0)), TensorDataset(*self.data(500, 1))
+
+
+def test_central_dp_sends_synthetic_rows_that_still_teach(tmp_path: Path) -> None:
+    task = Many(2)
+    options = CENTRAL | {"batch_size": 256, "num_rounds": 4}
+    ears, result = run(tmp_path, task, **options)
+    released, labels = torch.cat(ears.released()), torch.cat(ears.released("labels"))
+    assert released.shape == (6000, 8)
+    assert sorted(set(labels.tolist())) == [0, 1, 2]
+    config = task_config({k.replace("_", "-"): v for k, v in options.items()}, {})
+    with torch.no_grad():
+        own = build_segments(task, config)[0](task.data(6000, 0)[0])
+    own = own / own.norm(dim=1, keepdim=True) * math.sqrt(8)
+    # No row is a record's: even the nearest of all pairs of 500 is apart.
+    assert float(torch.cdist(released[:500].float(), own[:500]).min()) > 1e-4
+    assert result.evaluate_metrics_clientapp[4]["accuracy"] > 0.75
+    assert result.privacy["activations"] == [{"unit": "record", "epsilon": 4.0, "delta": 1e-5}]
+    assert result.privacy["both"] == result.privacy["activations"]
+    assert "no record's activation or label itself" in result.privacy["words"]
+    model = load_delivered(result.run_dir, task)
+    inputs, classes = task.data(500, 1)
+    accuracy = float((model(inputs).argmax(dim=1) == classes).float().mean())
+    assert accuracy == pytest.approx(result.evaluate_metrics_clientapp[4]["accuracy"])
+
+
+def test_central_dp_is_released_once_and_sent_again_as_it_was(tmp_path: Path) -> None:
+    ears, later, result, first = crash_and_resume(tmp_path, CENTRAL)
+    assert torch.equal(ears.released()[0], later.released()[0])
+    assert torch.equal(ears.released("labels")[0], later.released("labels")[0])
+    account = json.loads((first / "owner-release" / "account.json").read_text())
+    assert account == {"synthetic": [0]}
+    assert result.model
+
+
+def test_synthetic_classes_have_secret_names(tmp_path: Path) -> None:
+    ears, result = run(tmp_path, Expanded(2), **CENTRAL | {"label_expansion": 2})
+    assert set(ears.released("labels")[0].tolist()) <= set(range(6))
+    assert load_delivered(result.run_dir, Expanded(2))(torch.zeros(1, 4)).shape == (1, 3)
+
+
+class Maps(LinearTask):
+    def segments(self, config: Any) -> list[nn.Module]:
+        head, *rest = super().segments(config)
+        spatial = nn.Sequential(head, nn.Unflatten(1, (2, 4)))
+        return [spatial, nn.Sequential(nn.Flatten(), rest[0]), *rest[1:]]
+
+
+def test_central_dp_needs_one_vector_per_record(tmp_path: Path) -> None:
+    ears, error = run(tmp_path, Maps(2), **CENTRAL)
+    assert "float32[2, 4]; release = 'central-dp' needs one vector per record" in str(error)
+    assert not ears.released()

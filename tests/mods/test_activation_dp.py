@@ -20,9 +20,9 @@ from flwr.app import (
 )
 from scipy.stats import kstest
 
-from flwr_clicooper.chain.tensors import decode_tensor, encode_tensor
 from flwr_clicooper.errors import DataError, MessageError, OptionError
 from flwr_clicooper.errors import PrivacyBudgetExceeded as Exceeded
+from flwr_clicooper.grids.tensors import decode_tensor, encode_tensor
 from flwr_clicooper.mods import ActivationDPMod
 from flwr_clicooper.privacy.accounting import composed, epsilon_of, mu_for, noise_for
 from tests.mods.node import Node, arrays, random, received

@@ -7,7 +7,8 @@ from flwr.app import Array, ArrayRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flwr_clicooper.chain.tensors import (
+from flwr_clicooper.errors import MessageError
+from flwr_clicooper.grids.tensors import (
     decode,
     decode_places,
     decode_tensor,
@@ -15,7 +16,6 @@ from flwr_clicooper.chain.tensors import (
     encode_places,
     encode_tensor,
 )
-from flwr_clicooper.errors import MessageError
 
 DTYPES = [
     torch.float32,
