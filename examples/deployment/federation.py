@@ -79,6 +79,7 @@ class Federation:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.secure:
             make_certificate(self.folder)
+            make_identities(self.folder, self.nodes)
         self._write_config()
         try:
             self.superlink = self._start("superlink", self._superlink_command())
@@ -104,9 +105,13 @@ class Federation:
 
     def start_supernode(self, index: int) -> subprocess.Popen[bytes]:
         """Start the SuperNode of a node config; return its process."""
+        own = dict(self.nodes[index])
+        if self.secure:
+            own["identity-key"] = str(self.folder / f"identity-{index}.pem")
+            own["trust-file"] = str(self.folder / "trust.toml")
         config = " ".join(
             f'{key}="{value}"' if isinstance(value, str) else f"{key}={value}"
-            for key, value in self.nodes[index].items()
+            for key, value in own.items()
         )
         command = ["flower-supernode", "--superlink", f"127.0.0.1:{self.port}"]
         command += ["--port", str(self.node_ports[index]), "--node-config", config]
@@ -231,6 +236,22 @@ def make_supernode_key(path: Path) -> None:
     path.with_suffix(".key.pub").write_bytes(public)
 
 
+def make_identities(folder: Path, nodes: Sequence[NodeConfig]) -> None:
+    """Write an identity per node, and the trust file that lists them all."""
+    from flwr_clicooper.provenance.keys import Identity
+    from flwr_clicooper.provenance.trust import Party, Trust
+
+    trust_file = folder / "trust.toml"
+    trust_file.unlink(missing_ok=True)
+    for index, node in enumerate(nodes):
+        path = folder / f"identity-{index}.pem"
+        if not path.exists():
+            Identity.new().save(path)
+        role, stage = str(node["role"]), int(node.get("stage", 0))
+        name = f"{role} {index}" if index else role
+        Trust.add(trust_file, Party(name, role, Identity.load(path).public, stage))
+
+
 def make_certificate(folder: Path, host: str = "localhost") -> None:
     """Write a CA and a certificate for a host and loopback: ca.crt, server.pem, server.key."""
     from datetime import UTC, datetime, timedelta
@@ -307,9 +328,7 @@ def main() -> int:
     if arguments.what == "keys":
         make_keys(folder, arguments.trainers, arguments.host)
         return 0
-    chain: list[NodeConfig] = [{"role": "owner"}]
-    chain += [{"role": "trainer", "stage": i + 1} for i in range(arguments.trainers)]
-    with Federation(folder, chain, secure=True) as federation:
+    with Federation(folder, chain_of(arguments.trainers), secure=True) as federation:
         if arguments.what == "up":
             stay(federation)
             return 0
@@ -326,7 +345,17 @@ def make_keys(folder: Path, trainers: int, host: str) -> None:
     make_certificate(folder, host)
     for index in range(1 + trainers):
         make_supernode_key(folder / f"supernode-{index}.key")
-    print(f"ca.crt, server.pem, server.key and {1 + trainers} SuperNode keys: {folder}")
+    make_identities(folder, chain_of(trainers))
+    print(
+        f"{folder}: ca.crt, server.pem, server.key, {1 + trainers} SuperNode keys, as many "
+        "identities and the trust.toml that lists them"
+    )
+
+
+def chain_of(trainers: int) -> list[NodeConfig]:
+    """Return the node configs of an owner and some trainers."""
+    chain: list[NodeConfig] = [{"role": "owner"}]
+    return chain + [{"role": "trainer", "stage": stage + 1} for stage in range(trainers)]
 
 
 def stay(federation: Federation) -> None:

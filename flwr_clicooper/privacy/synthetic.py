@@ -12,9 +12,9 @@ is ever trained on them, are post-processing, so no epoch costs anything.
    that the noisy sums before it gave, are its training.
 
 A row is drawn from the Gaussian with mean 2 and spread 3, its label is the classifier's, and
-of each class as many are kept as its noisy count asks for.
-Sums over all records stand out from the noise where a covariance per class does not, and a
-label that a classifier gives need not follow from the shape of its class.
+of each class as many are kept as its noisy count asks for. Sums over all records stand out
+from the noise where a covariance per class does not, and a label that a classifier gives
+need not follow from the shape of its class.
 
 Adjacency is replacing one record; how many there are is public.
 """

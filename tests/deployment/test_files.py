@@ -70,11 +70,10 @@ def test_keys_are_made_as_compose_mounts_them(tmp_path: Path) -> None:
         for volume in service.get("volumes", [])
         if "/keys/" in volume
     }
-    assert mounted == {"ca.crt", "server.pem", "server.key"} | {
-        f"supernode-{i}.key" for i in range(4)
-    }
+    each = {name for i in range(4) for name in (f"supernode-{i}.key", f"identity-{i}.pem")}
+    assert mounted == {"ca.crt", "server.pem", "server.key", "trust.toml"} | each
     for name in mounted:
-        secret = name.endswith(".key")
+        secret = name.endswith(".key") or name.startswith("identity")
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) & 0o077 == 0 or not secret
     server = x509.load_pem_x509_certificate((tmp_path / "server.pem").read_bytes())
     names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

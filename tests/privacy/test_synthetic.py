@@ -16,7 +16,6 @@ from flwr_clicooper.privacy import synthetic
 from flwr_clicooper.privacy.accounting import composed, mu_for
 from flwr_clicooper.privacy.synthetic import (
     Batches,
-    Charge,
     class_counts,
     feature_sum,
     noisy,
@@ -78,7 +77,7 @@ def test_each_record_is_normalised_by_itself_and_zero_stays_zero() -> None:
     features[2] = 0.0
     out = normalise(features)
     assert torch.equal(out, torch.cat([normalise(record[None]) for record in features]))
-    assert torch.equal(out[2], torch.zeros(2, 5))
+    assert not out[2].any()
     assert torch.allclose(normalise(7 * features), out)
     assert torch.allclose(normalise(out), out, rtol=1e-5)
 
@@ -86,33 +85,26 @@ def test_each_record_is_normalised_by_itself_and_zero_stays_zero() -> None:
 # -- sensitivity -----------------------------------------------------------------------------
 
 
-def moved(
-    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
-) -> dict[str, float]:
-    """Return how far each statistic moves, over its sensitivity."""
-    width, radius = one[0].shape[1], 0.6
-    centre = torch.full((width,), 0.1, dtype=torch.float64)
-    weights = torch.randn(width, 4, generator=seeded(7)).double() * 5
-    distances = {
-        "counts": (class_counts(one[1], 4) - class_counts(other[1], 4)) / math.sqrt(2),
-        "mean": (feature_sum(one[0]) - feature_sum(other[0])) / 2,
-        "moment": (
-            second_moment(one[0], centre, radius) - second_moment(other[0], centre, radius)
-        )
-        / (math.sqrt(2) * radius**2),
-        "residuals": (residual_sums(*one, weights) - residual_sums(*other, weights)) / 2,
-    }
-    return {name: float(distance.norm()) for name, distance in distances.items()}
-
-
 def pair(
     rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor, labels: tuple[int, int]
 ) -> dict[str, float]:
-    told = torch.randint(0, 4, (len(rows) + 1,), generator=seeded(3))
-    left, right = torch.cat([rows, first[None]]), torch.cat([rows, second[None]])
-    told_left, told_right = told.clone(), told.clone()
-    told_left[-1], told_right[-1] = labels
-    return moved((left, told_left), (right, told_right))
+    """Return how far each statistic moves when a record is replaced, over its sensitivity."""
+    width, radius = rows.shape[1], 0.6
+    centre = torch.full((width,), 0.1, dtype=torch.float64)
+    weights = torch.randn(width, 4, generator=seeded(7)).double() * 5
+    rest, sides = torch.randint(0, 4, (len(rows),), generator=seeded(3)), []
+    for row, label in zip((first, second), labels, strict=True):
+        records = torch.cat([rows, row[None]])
+        told = torch.cat([rest, torch.tensor([label])])
+        sides.append(
+            {
+                "counts": class_counts(told, 4) / math.sqrt(2),
+                "mean": feature_sum(records) / 2,
+                "moment": second_moment(records, centre, radius) / (math.sqrt(2) * radius**2),
+                "residuals": residual_sums(records, told, weights) / 2,
+            }
+        )
+    return {name: float((value - sides[1][name]).norm()) for name, value in sides[0].items()}
 
 
 @settings(deadline=None, max_examples=200)
@@ -131,7 +123,7 @@ def test_replacing_a_record_moves_no_statistic_beyond_its_sensitivity(
         torch.randn(2, width, generator=seeded(seed + 1))
     )
     ratios = pair(rows, first * sizes[0], second * sizes[1], labels)
-    assert max(ratios.values()) <= 1 + 1e-9
+    assert max(ratios.values()) <= 1 + 1e-6  # records are float32
 
 
 def test_the_worst_pairs_reach_the_sensitivities() -> None:
@@ -145,25 +137,16 @@ def test_the_worst_pairs_reach_the_sensitivities() -> None:
     assert pair(rows, centre + 0.8 * axis[0], centre + 0.8 * axis[1], (0, 0))[
         "moment"
     ] == pytest.approx(1.0)
-    # Wrong by much about opposite records of the same class.
-    weights = torch.tensor([[9.0, -9.0], [0.0, 0.0]]).double() * 100
-    told = torch.tensor([1])
-    left = residual_sums(axis[:1], told, weights)
-    right = residual_sums(-axis[:1], 1 - told, weights)
-    assert float((left - residual_sums(axis[:1] * 0, told, weights)).norm()) == pytest.approx(
-        1
-    )
-    assert float((left - right).norm()) <= 2.0 + 1e-9
+    one, other = wrong_about_opposites()
+    assert float((one - other).norm()) == pytest.approx(2.0, rel=0.01)
 
 
-def test_a_residual_s_contribution_is_cut_and_not_just_small() -> None:
-    """Without the cut two opposite mistakes would be further apart than 2."""
-    weights = torch.tensor([[100.0, -100.0]]).double()
-    told = torch.tensor([1])
-    contribution = residual_sums(torch.tensor([[1.0]]), told, weights)
-    assert float(contribution.norm()) == pytest.approx(1.0)  # math.sqrt(2) when not cut
-    small = residual_sums(torch.tensor([[0.1]]), told, weights)
-    assert float(small.norm()) == pytest.approx(0.1 * math.sqrt(2.0))
+def wrong_about_opposites() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return residual sums of opposite records that an intercept is sure and wrong about."""
+    weights = torch.tensor([[0.0, 0.0], [-1000.0, 1000.0]]).double()
+    records = torch.tensor([[[1.0, 0.1]], [[-1.0, 0.1]]])
+    one, other = (residual_sums(record, torch.tensor([0]), weights) for record in records)
+    return one, other
 
 
 def test_statistics_are_what_they_are_called() -> None:
@@ -231,11 +214,6 @@ def test_charges_compose_to_what_was_allowed(mu: float) -> None:
     assert charges[3].sensitivity == 2.0
 
 
-def test_a_charge_adds_up_its_releases() -> None:
-    assert Charge("a", 2.0, 4.0).mu == 0.5
-    assert Charge("a", 2.0, 4.0, 9).mu == 1.5
-
-
 def test_a_release_follows_from_no_seed_and_leaves_global_generators_alone() -> None:
     features, labels = clusters(500)
     released = []
@@ -249,13 +227,6 @@ def test_a_release_follows_from_no_seed_and_leaves_global_generators_alone() -> 
     assert not torch.equal(*released)
 
 
-def test_rows_drawn_without_noise_on_the_statistics_differ_too() -> None:
-    features, labels = clusters(500)
-    unit = normalise(features) / math.sqrt(8)
-    one, other = (synthetic._release(unit, labels, 3, 20, math.inf) for _ in range(2))
-    assert not torch.equal(one.features, other.features)
-
-
 # -- the guarantee, attacked -----------------------------------------------------------------
 
 
@@ -266,8 +237,7 @@ def worst_pair(name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         return class_counts(first, 2), class_counts(second, 2), math.sqrt(2.0)
     if name == "mean":
         return feature_sum(row), feature_sum(-row), 2.0
-    wrong = torch.tensor([[-100.0, 100.0]]).double()  # certain of the other class
-    return residual_sums(row, first, wrong), residual_sums(row, second, -wrong), 2.0
+    return *wrong_about_opposites(), 2.0
 
 
 def audited_epsilon(
@@ -374,15 +344,6 @@ def test_zero_rows_few_records_and_one_feature_are_possible(mu: float) -> None:
         assert bool(torch.isfinite(release.features).all())
 
 
-def test_batches_do_not_matter() -> None:
-    features, labels = clusters(900)
-    unit, told = synthetic._collect(in_batches(features, labels, 7), 3)
-    again, _ = synthetic._collect(in_batches(features, labels, 900), 3)
-    assert torch.equal(unit, again)
-    assert torch.equal(told, labels)
-    assert bool((unit.double().norm(dim=1) <= 1.0).all())
-
-
 # -- what is refused -------------------------------------------------------------------------
 
 
@@ -431,9 +392,7 @@ def test_bad_records_are_refused_without_naming_values(
     assert "0.625" not in str(caught.value)
 
 
-def test_no_batches_and_batches_of_other_widths_are_refused() -> None:
-    with pytest.raises(DataError, match="no records"):
-        release_synthetic(lambda: [], 2, 5, 1.0)
+def test_batches_of_other_widths_are_refused() -> None:
     mixed = [(torch.ones(2, width), torch.zeros(2, dtype=torch.int64)) for width in (3, 4)]
     with pytest.raises(DataError, match="4 features, the first 3"):
         release_synthetic(lambda: mixed, 2, 5, 1.0)
