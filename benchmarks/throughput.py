@@ -1,9 +1,10 @@
 """Samples per second of a chain in a stock deployment, beside what it is measured against.
 
 1 to 4 trainers on the quickstart's CNN: the chain (SuperLink and SuperNodes with stock
-flags on loopback, live links, TLS), the same model in one process, and
-``torch.distributed.pipelining`` over gloo with the same segments and micro-batches. They
-run in turn, one after the other on the same cores, each with PyTorch's default threads.
+flags on loopback, live links, TLS; with and without sealing), the same model in one
+process, and ``torch.distributed.pipelining`` over gloo with the same segments and
+micro-batches. They run in turn, one after the other on the same cores, each with PyTorch's
+default threads.
 The first 60 steps are left out: memory and caches settle, most of all in the chain.
 
     python benchmarks/throughput.py [--trainers 1 2 3 4] [--repeats 2] [--rounds 3]
@@ -34,8 +35,8 @@ from examples.deployment.federation import Federation, NodeConfig  # noqa: E402
 APP = ROOT / "benchmarks" / "throughput_app"
 PEERS = ROOT / "benchmarks" / "peers.py"
 BATCH, STEPS, WARM_UP = 256, 40, 60
-TIMEOUT = 180
-ONE, PEER, CHAIN = "one process", "pipelining", "chain"
+TIMEOUT = 300
+ONE, PEER, CHAIN, SEALED = "one process", "pipelining", "chain", "chain, sealed"
 
 
 def main() -> None:
@@ -75,9 +76,12 @@ def measure(
                     if trainers > 1:
                         seconds = peer("pipelining", trainers, rounds, count)
                         take(times, (PEER, count), seconds)
-                    runs = Path(folder) / f"runs-{repeat}-{count}"
-                    seconds = chain(federation, runs, trainers, rounds, count)
-                    take(times, (CHAIN, count), seconds)
+                    for what in (CHAIN, SEALED):
+                        runs = Path(folder) / f"runs-{repeat}-{count}-{len(what)}"
+                        seconds = chain(
+                            federation, runs, trainers, rounds, count, sealed=what == SEALED
+                        )
+                        take(times, (what, count), seconds)
     return [
         {
             "trainers": trainers,
@@ -108,10 +112,17 @@ def peer(name: str, trainers: int, rounds: int, microbatches: int) -> list[float
 
 
 def chain(
-    federation: Federation, runs: Path, trainers: int, rounds: int, microbatches: int
+    federation: Federation,
+    runs: Path,
+    trainers: int,
+    rounds: int,
+    microbatches: int,
+    *,
+    sealed: bool,
 ) -> list[float]:
     config = f"run-dir='{runs}' microbatches={microbatches} num-rounds={rounds} "
-    config += f"task.trainers={trainers} task.records={STEPS * BATCH}"
+    config += f"task.trainers={trainers} task.records={STEPS * BATCH} "
+    config += f"seal={str(sealed).lower()}"
     federation.submit(APP, config)
     # Asking Flower starts a process that takes a core: only once training is over.
     deadline = time.monotonic() + TIMEOUT
@@ -137,7 +148,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         (r["trainers"], r["what"], r["microbatches"]): r["step-seconds-median"] for r in rows
     }
     for (trainers, what, count), seconds in middle.items():
-        against = middle.get((trainers, PEER, count)) if what == CHAIN else None
+        against = middle.get((trainers, PEER, count)) if what in (CHAIN, SEALED) else None
         table.add_row(
             str(trainers),
             what,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from flwr_clicooper.contradictions import CONTRADICTIONS
 from flwr_clicooper.errors import OptionError
 
 TASK_PREFIX = "task."
@@ -103,6 +104,13 @@ class Options:
         Rule("'public', 'random' or 'private'", lambda v: v in ("", *_HEADS)),
         "",
         "where the head's weights come from; a release with epsilon needs to know",
+    )
+    class_scores: int = _option(
+        0,
+        Rule("an integer >= 2, or 0", lambda v: _is_int(v) and v >= 0 and v != 1),
+        "classes",
+        "in `local-dp`: half of the budget fits a classifier of the head's features, and what "
+        "leaves of a record is its noisy score of each class; 0: its activation",
     )
     label_expansion: int = _option(
         0,
@@ -237,7 +245,7 @@ class Options:
         self._check_combination()
 
     def _check_combination(self) -> None:
-        for wrong, text in _CONTRADICTIONS:
+        for wrong, text in CONTRADICTIONS:
             if wrong(self):
                 raise OptionError(text)
 
@@ -312,66 +320,6 @@ def task_config(
     if node_config.get("data-dir"):
         config["data-dir"] = str(Path(str(node_config["data-dir"])).expanduser())
     return config
-
-
-_CONTRADICTIONS: list[tuple[Callable[[Options], bool], str]] = [
-    (
-        lambda o: o.release in ("local-dp", "central-dp") and not o.private,
-        "option 'epsilon' is missing: release = 'local-dp' and 'central-dp' need a number > 0",
-    ),
-    (
-        lambda o: o.release == "clean" and o.private,
-        "option 'epsilon' is set and 'release' is 'clean', which adds no noise; use "
-        "release = 'local-dp' or 'central-dp'",
-    ),
-    (
-        lambda o: o.private and not o.head,
-        "option 'head' is missing: a guarantee holds only for a head that does not depend on "
-        "the private data. Declare head = 'public' (trained on public data only) or 'random' "
-        "(drawn from the run's seed)",
-    ),
-    (
-        lambda o: o.private and o.head == "private",
-        "option 'head' is 'private': activations of a head that was trained on the private "
-        "data carry other records than their own, which noise per record does not hide. Use "
-        "a head from public data (head = 'public') or one drawn at random (head = 'random')",
-    ),
-    (
-        lambda o: o.release == "central-dp" and o.privacy_unit != "record",
-        "option 'privacy-unit' is 'element' and 'release' is 'central-dp': synthetic rows "
-        "are private per record; use privacy-unit = 'record'",
-    ),
-    (
-        lambda o: o.release == "central-dp" and o.label_side == "owner",
-        "option 'label-side' is 'owner' and 'release' is 'central-dp': the labels of "
-        "synthetic rows are released with them; use label-side = 'trainer'",
-    ),
-    (
-        lambda o: o.release == "central-dp" and o.label_epsilon > 0,
-        "option 'label-epsilon' is set and 'release' is 'central-dp', whose epsilon covers "
-        "the labels already; use label-epsilon = 0",
-    ),
-    (
-        lambda o: o.label_expansion > 0 and o.label_side == "owner",
-        "option 'label-expansion' is set and 'label-side' is 'owner': labels do not leave "
-        "the owner; use label-expansion = 0",
-    ),
-    (
-        lambda o: o.schedule == "local" and o.release == "interactive",
-        "option 'schedule' is 'local' and 'release' is 'interactive': without gradients "
-        "between the parties the head cannot train; use release = 'clean'",
-    ),
-    (
-        lambda o: o.schedule == "local" and o.label_side == "owner",
-        "option 'schedule' is 'local' and 'label-side' is 'owner': each trainer needs the "
-        "labels to train by itself; use label-side = 'trainer'",
-    ),
-    (
-        lambda o: o.schedule == "local" and o.microbatches != 1,
-        "option 'microbatches' is above 1 and 'schedule' is 'local': there is no pipeline "
-        "to fill; use microbatches = 1",
-    ),
-]
 
 
 def _key(name: str) -> str:

@@ -18,6 +18,7 @@ from flwr_clicooper.chain.owner_release import Bound, bound_of
 from flwr_clicooper.errors import CooperError, DeliveryError, StateError
 from flwr_clicooper.files import write_atomically
 from flwr_clicooper.options import Options
+from flwr_clicooper.privacy.class_scores import ClassScores
 from flwr_clicooper.privacy.labels import SecretLabelMap, load_key
 from flwr_clicooper.split.modules import load_weights
 from flwr_clicooper.split.specs import as_tensors, is_finite
@@ -25,6 +26,7 @@ from flwr_clicooper.split.unsplit import Chain
 from flwr_clicooper.task import SplitTask
 
 MODEL_FILE = "model.safetensors"
+_FEATURES = "mean"
 FORMAT = "flwr-clicooper/model/v1"
 
 
@@ -160,7 +162,13 @@ def load_delivered(
         if classes:
             key = load_key(Path(label_key or path.parent / KEY_FILE).expanduser())
             labels = SecretLabelMap(classes, options.label_expansion, key)
-        model = assemble(build_segments(task, config), bound_of(options), labels)
+        segments = build_segments(task, config)
+        if options.class_scores:
+            features = len(weights[f"0.1.{_FEATURES}"])
+            segments[0] = nn.Sequential(
+                segments[0], ClassScores(features, options.class_scores)
+            )
+        model = assemble(segments, bound_of(options), labels)
         load_weights(model, weights, f"{path.name} and {type(task).__name__}")
     except StateError:
         raise

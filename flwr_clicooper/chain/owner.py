@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from flwr_clicooper.chain.build import (
     build_segments,
     check_trainable,
     load_initial,
+    outgoing_specs,
     propagate,
     trainers_for,
 )
@@ -36,11 +38,12 @@ from flwr_clicooper.chain.messages import (
     array_record,
 )
 from flwr_clicooper.chain.own_checkpoints import OwnCheckpoints
+from flwr_clicooper.chain.owner_data import OwnerData
 from flwr_clicooper.chain.owner_labels import OwnerLabels, all_rows, label_key
 from flwr_clicooper.chain.owner_release import OwnerRelease, bound_of
 from flwr_clicooper.chain.privacy_statement import statement_of
 from flwr_clicooper.chain.private_head import check_per_record, check_random, check_specs
-from flwr_clicooper.chain.records import Indices, LabelledSet
+from flwr_clicooper.chain.records import Indices
 from flwr_clicooper.chain.release_store import ReleaseStore
 from flwr_clicooper.chain.roles import run_folder
 from flwr_clicooper.chain.stage import Stage, position_of
@@ -51,11 +54,11 @@ from flwr_clicooper.errors import (
     DeliveryError,
     MessageError,
     SplitError,
-    StateError,
 )
 from flwr_clicooper.grids.tensors import decode, decode_places, encode_places
-from flwr_clicooper.split.batches import Position, derive_seed
-from flwr_clicooper.split.modules import keeping_modes, load_weights, seeded
+from flwr_clicooper.privacy.class_scores import ClassScores
+from flwr_clicooper.split.batches import Position
+from flwr_clicooper.split.modules import keeping_modes, load_weights
 from flwr_clicooper.split.specs import (
     Tensors,
     TensorSpec,
@@ -79,13 +82,13 @@ class Owner(Worker):
                 f"the task's {len(self.segments)} segments need {needed} trainers with "
                 f"label-side = {session.options.label_side!r}; {setup['trainers']} are here"
             )
-        with seeded(derive_seed(session.options.seed, "datasets")):
-            train, test = session.task.datasets(session.config)
-        self.train, self.test = LabelledSet(train, "training"), LabelledSet(test, "held-out")
+        self.data = OwnerData(session.task, session.config, session.options.seed)
+        self.train, self.test = self.data.train, self.data.test
         self.plan = session.batch_plan(self.train.records)
         self._batches: dict[Position, tuple[Tensors, Tensor]] = {}
-        inputs, labels = self._first(self.train)
+        inputs, labels = self.data.first(self.train)
         self.inputs = [TensorSpec.of(x) for x in inputs]
+        self._with_scores()
         self.specs = propagate(self.segments, self.inputs)
         if len(self.specs[-1]) != 1:
             raise SplitError(
@@ -100,15 +103,20 @@ class Owner(Worker):
             lambda: label_key(session.options, run_id, node, self._resumed()),
         )
         self.label_spec = TensorSpec.of(self.labels.checked(labels, "training"))
-        fingerprint = self._fingerprint()
-        if self.setup.setdefault("data", fingerprint) != fingerprint:
-            raise StateError(
-                "datasets() gave other data in this process than at setup; it must give the "
-                "same each time. Seed what is random in it"
-            )
+        self.setup["data"] = self.data.check_same(setup.get("data", ""))
         self.head = self.segments[0]
         self.release = self._release()
         self.stages = self._trained_stages()
+
+    def _with_scores(self) -> None:
+        """With `class-scores`, end the head with them."""
+        classes = self.session.options.class_scores
+        self.features, self.class_scores = self.segments[0], None
+        if classes:
+            cut = outgoing_specs(self.features, self.inputs, 0, "the data set")
+            check_specs(cut, "class-scores")
+            self.class_scores = ClassScores(cut[0].shape[0], classes)
+            self.segments[0] = nn.Sequential(self.features, self.class_scores)
 
     def _resumed(self) -> str:
         """Return the run that this one resumes, if it does."""
@@ -124,7 +132,9 @@ class Owner(Worker):
             options,
             self.labels,
             store,
-            self._head_outputs,
+            partial(self._outputs, self.segments[0]),
+            partial(self._outputs, self.features),
+            self.class_scores,
             self.specs[0],
             records=self.train.records,
             chunk_records=max(1, CHUNK_BYTES // max(1, widest)),
@@ -226,7 +236,7 @@ class Owner(Worker):
 
     def _rehearse(self) -> None:
         """Do what comes after training on two records now, while nothing can be lost."""
-        inputs, labels = self._first(self.test, 2)
+        inputs, labels = self.data.first(self.test, 2)
         found = [TensorSpec.of(x) for x in inputs]
         if found != self.inputs:
             raise DataError(
@@ -246,10 +256,10 @@ class Owner(Worker):
         if not options.private:
             return
         check_specs(self.specs[0], options.release)
-        inputs, _ = self._first(self.train, 3)
+        inputs, _ = self.data.first(self.train, 3)
         check_per_record(self.head, tuple(x.to(self.session.device) for x in inputs))
         if options.head == "random":
-            check_random(self.session.task, self.session.config, self.head)
+            check_random(self.session.task, self.session.config, self.features)
 
     def _assembled(self) -> DeliveredModel:
         """Return the delivered model: what it answers are true classes."""
@@ -270,37 +280,23 @@ class Owner(Worker):
 
     # -- data --------------------------------------------------------------------
 
-    def _first(self, part: LabelledSet, records: int = 1) -> tuple[Tensors, Tensor]:
-        with seeded(derive_seed(self.session.options.seed, "data", 0)):
-            return part.fetch(np.arange(min(records, part.records)))
-
-    def _fingerprint(self) -> str:
-        """Return a digest of both sets' sizes and of a few records of the training set.
-
-        It tells whether another process has the same data; it stays in the owner's state.
-        """
-        last = self.train.records - 1
-        with seeded(derive_seed(self.session.options.seed, "data", 0)):
-            inputs, labels = self.train.fetch(np.unique([0, last // 2, last]))
-        found = {str(i): x.contiguous() for i, x in enumerate((*inputs, labels))}
-        return digest(found | {"sizes": torch.tensor([last, self.test.records])})
-
     def _fetch(self, rows: Indices, purpose: tuple[int, ...]) -> tuple[Tensors, Tensor]:
-        """Return records; random augmentation is seeded by what they are for."""
-        with seeded(derive_seed(self.session.options.seed, "data", *purpose)):
-            inputs, labels = self.train.fetch(rows)
+        inputs, labels = self.data.fetch(rows, purpose)
         return inputs, self.labels.checked(labels, "training")
 
     def _true_labels(self) -> Tensor:
         rows = all_rows(self.train.records, self.session.options.batch_size)
         return torch.cat([self._fetch(some, (0, i))[1] for i, some in enumerate(rows)])
 
-    def _head_outputs(self, rows: Indices, purpose: tuple[int, ...]) -> tuple[Tensors, Tensor]:
-        """Return what the head gives for records, and their true labels."""
+    def _outputs(
+        self, head: nn.Module, rows: Indices, purpose: tuple[int, ...]
+    ) -> tuple[Tensors, Tensor]:
+        """Return what a head gives for records, and their true labels."""
         inputs, labels = self._fetch(rows, purpose)
-        outputs = self.outputs_of(self.head, inputs)
-        what = f"segment 0: the head's activations of chunk {purpose[-1]} of the data set"
-        check_tensors(outputs, self.specs[0], len(rows), what)
+        outputs = self.outputs_of(head, inputs)
+        if head is self.head:
+            what = f"segment 0: the head's activations of chunk {purpose[-1]} of the data set"
+            check_tensors(outputs, self.specs[0], len(rows), what)
         return outputs, labels
 
     def _batch(self, at: Position) -> tuple[Tensors, Tensor]:
@@ -382,6 +378,7 @@ class Owner(Worker):
         for index in range(1, self.setup["trainers"] + 1):
             weights = self.store.read(f"delivered-{index}")
             load_weights(self.segments[index], weights, f"delivered segment {index}")
+        self.release.fit()
         model = self._assembled()
         check_finite(model.state_dict(), "the assembled model")
         folder = run_folder(self.session.options, self.session.context.run_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,15 @@ from flwr_clicooper.chain.release_store import ReleaseStore
 from flwr_clicooper.errors import MessageError
 from flwr_clicooper.options import Options
 from flwr_clicooper.privacy.accounting import mu_for, noise_for
-from flwr_clicooper.privacy.release import GaussianRelease
-from flwr_clicooper.privacy.synthetic import normalise, release_synthetic
+from flwr_clicooper.privacy.class_scores import (
+    FIT_SHARE,
+    SENSITIVITY,
+    ClassScores,
+    fit_class_scores,
+)
+from flwr_clicooper.privacy.release import RECORD, GaussianRelease
+from flwr_clicooper.privacy.statistics import normalise
+from flwr_clicooper.privacy.synthetic import release_synthetic
 from flwr_clicooper.split.specs import Tensors, TensorSpec
 
 Bound = Callable[[Tensors], Tensors]
@@ -37,8 +45,10 @@ class OwnerRelease:
         How labels leave.
     store : ReleaseStore
         What was released with noise.
-    outputs : callable
-        What the head gives.
+    outputs, features : callable
+        What the head gives, and what it gives before its scores, if it has them.
+    scores : ClassScores or None
+        The end of the head that has to be fitted.
     cut : sequence of TensorSpec
         What crosses the first cut.
     records, chunk_records, rounds : int
@@ -49,6 +59,8 @@ class OwnerRelease:
     labels: OwnerLabels
     store: ReleaseStore
     outputs: HeadOutputs
+    features: HeadOutputs
+    scores: ClassScores | None
     cut: Sequence[TensorSpec]
     records: int
     chunk_records: int
@@ -65,12 +77,31 @@ class OwnerRelease:
         return sum(torch.Size(spec.shape).numel() for spec in self.cut)
 
     @property
+    def sensitivity(self) -> float:
+        """How far replacing a unit can move a release."""
+        if self.scores is not None:
+            return SENSITIVITY
+        return GaussianRelease(self.options.privacy_unit, self.options.clip, 0.0).sensitivity
+
+    @property
     def mechanism(self) -> GaussianRelease:
         """What is done to each record in `local-dp` and `interactive`."""
         o = self.options
-        sensitivity = GaussianRelease(o.privacy_unit, o.clip, 0.0).sensitivity
-        sigma = noise_for(o.epsilon, o.delta, sensitivity, self.allowed)
+        sigma = noise_for(o.epsilon, o.delta, self.sensitivity, self.allowed)
+        if self.scores is not None:  # scores have a norm below 1: nothing is clipped
+            return GaussianRelease(RECORD, 1.0, sigma / math.sqrt(1.0 - FIT_SHARE))
         return GaussianRelease(o.privacy_unit, o.clip, sigma)
+
+    def fit(self) -> None:
+        """Fit the class scores, once, or load how they were fitted."""
+        if self.scores is None:
+            return
+        mu = mu_for(self.options.epsilon, self.options.delta) * math.sqrt(FIT_SHARE)
+        classes = self.options.class_scores
+        fitted = self.store.get(
+            "class-scores", 0, 1, lambda: fit_class_scores(self._features, classes, mu)
+        )
+        self.scores.load_state_dict(fitted)
 
     def chunk(self, number: int, release: int) -> tuple[Tensors, Tensor]:
         """Return a chunk of activations and labels as they may leave.
@@ -93,6 +124,7 @@ class OwnerRelease:
         last = self.rounds if self.options.release == "interactive" else 0
         if not 0 <= number < len(rows) or not min(1, last) <= release <= last:
             raise MessageError(f"the run has no chunk {number} of release {release}")
+        self.fit()
         if not self.options.private:
             outputs, labels = self.outputs(rows[number], (release, number))
             return outputs, self.labels.leaving(labels, rows[number])
@@ -118,13 +150,13 @@ class OwnerRelease:
 
     def _features(self) -> Iterator[tuple[Tensor, Tensor]]:
         for number, rows in enumerate(all_rows(self.records, self.chunk_records)):
-            (features,), labels = self.outputs(rows, (0, number))
-            yield features, labels
+            (features,), labels = self.features(rows, (0, number))
+            yield features, self.labels.told(labels, rows)
 
 
 def bound_of(options: Options) -> Bound | None:
     """Return how activations are bounded before noise; the delivered model does it too."""
-    if not options.private:
+    if not options.private or options.class_scores:
         return None
     if options.release == "central-dp":
         return lambda tensors: (normalise(tensors[0]),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from flwr_clicooper.chain.owner_release import OwnerRelease
 from flwr_clicooper.options import Options
 from flwr_clicooper.privacy.accounting import composed, epsilon_of, mu_for
+from flwr_clicooper.privacy.class_scores import FIT_SHARE
 from flwr_clicooper.privacy.statement import Guarantee, Mechanism, Statement
 
 _FLOATS = (
@@ -55,15 +56,18 @@ def _activations(release: OwnerRelease, made: int) -> tuple[Mechanism, tuple[Gua
     options = release.options
     if options.release == "central-dp":
         name = (
-            "synthetic records, drawn from Gaussian noise-protected counts, means and second "
-            "moments of each class; no record's activation or label itself"
+            "synthetic records, which follow from Gaussian-noised sums over all records alone "
+            "(class counts, mean and second moment of the features, and what a linear "
+            "classifier gets wrong, 30 times); no record's activation or label itself"
         )
         parameters = {"mu": mu_for(options.epsilon, options.delta)}
         guarantee = Guarantee("record", options.epsilon, options.delta)
         return Mechanism(name, parameters, 1), (guarantee,)
+    if release.scores is not None:
+        return _class_scores(release)
     noise = release.mechanism
     # The noise was chosen for all releases that are allowed; fewer cost less.
-    mu = composed([noise.sensitivity / noise.sigma] * max(1, made))
+    mu = composed([release.sensitivity / noise.sigma] * max(1, made))
     unit = Guarantee(options.privacy_unit, epsilon_of(options.delta, mu), options.delta)
     guarantees: tuple[Guarantee, ...] = (unit,)
     if options.privacy_unit == "element":
@@ -72,6 +76,17 @@ def _activations(release: OwnerRelease, made: int) -> tuple[Mechanism, tuple[Gua
     name = f"activations clipped per {options.privacy_unit} with Gaussian noise added"
     parameters = {"clip": noise.clip, "sigma": noise.sigma}
     return Mechanism(name, parameters, max(1, made)), guarantees
+
+
+def _class_scores(release: OwnerRelease) -> tuple[Mechanism, tuple[Guarantee, ...]]:
+    options = release.options
+    name = (
+        "of each the Gaussian-noised scores of a classifier, which was fitted to "
+        "Gaussian-noised sums over all records"
+    )
+    parameters = {"sigma": release.mechanism.sigma, "share of fitting": FIT_SHARE}
+    guarantee = Guarantee("record", options.epsilon, options.delta)
+    return Mechanism(name, parameters, 1), (guarantee,)
 
 
 def _labels(options: Options) -> tuple[tuple[Guarantee, ...], str]:

@@ -95,17 +95,18 @@ def check_specs(cut: Sequence[TensorSpec], release: str) -> None:
     Raises
     ------
     SplitError
-        One is not a floating-point tensor, or `central-dp` gets more than one vector.
+        One is not a floating-point tensor, or `central-dp` or `class-scores` get more than
+        one vector.
     """
     if not all(spec.dtype.is_floating_point for spec in cut):
         raise SplitError(
             f"the head gives {describe(cut)}; a release with epsilon needs floating-point "
             "activations"
         )
-    if release == "central-dp" and (len(cut) != 1 or len(cut[0].shape) != 1):
+    if release in ("central-dp", "class-scores") and (len(cut) != 1 or len(cut[0].shape) != 1):
         raise SplitError(
-            f"the head gives {describe(cut)}; release = 'central-dp' needs one vector per "
-            "record, such as float32[256]: pool or flatten in the head"
+            f"the head gives {describe(cut)}; {release} needs one vector per record, such as "
+            "float32[256]: pool or flatten in the head"
         )
 
 

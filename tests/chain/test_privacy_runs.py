@@ -559,5 +559,59 @@ class Maps(LinearTask):
 
 def test_central_dp_needs_one_vector_per_record(tmp_path: Path) -> None:
     ears, error = run(tmp_path, Maps(2), **CENTRAL)
-    assert "float32[2, 4]; release = 'central-dp' needs one vector per record" in str(error)
+    assert "float32[2, 4]; central-dp needs one vector per record" in str(error)
+    assert not ears.released()
+
+
+# -- class scores ----------------------------------------------------------------------
+
+
+class Scored(Many):
+    """Trainers that get three scores of each record."""
+
+    def segments(self, config: Any) -> list[nn.Module]:
+        head, *_ = super().segments(config)
+        return [head, nn.Linear(3, 8), nn.Linear(8, 3)]
+
+
+SCORED = LOCAL | {"class_scores": 3, "batch_size": 256, "num_rounds": 4, "epsilon": 4.0}
+
+
+def test_class_scores_leave_with_the_noise_of_what_fitting_left(tmp_path: Path) -> None:
+    task = Scored(2)
+    ears, result = run(tmp_path, task, **SCORED)
+    released = torch.cat(ears.released())
+    assert released.shape == (6000, 3)
+    model = load_delivered(result.run_dir, task)
+    with torch.no_grad():
+        exact = model[0](task.data(6000, 0)[0])
+    assert float(exact.norm(dim=1).max()) < 1
+    assert torch.allclose(exact.sum(dim=1), torch.zeros(6000), atol=1e-5)
+    # Half of mu squared for fitting; two vectors of probabilities are sqrt(2) apart at most.
+    sigma = noise_for(4.0, 1e-5, math.sqrt(2), releases=2)
+    noise = released - exact
+    assert float(noise.std()) == pytest.approx(sigma, rel=5 / math.sqrt(2 * noise.numel()))
+    assert result.evaluate_metrics_clientapp[4]["accuracy"] > 0.75
+    inputs, classes = task.data(500, 1)
+    accuracy = float((model(inputs).argmax(dim=1) == classes).float().mean())
+    assert accuracy == pytest.approx(result.evaluate_metrics_clientapp[4]["accuracy"])
+    assert "fitted to Gaussian-noised sums" in result.privacy["words"]
+
+
+def test_class_scores_are_fitted_once_and_survive_a_resume(tmp_path: Path) -> None:
+    options = SCORED | {"num_rounds": 2}
+    task = Scored(2)
+    ears, error = run(tmp_path / "runs", task, mods=[Saboteur(2)], **options)
+    assert isinstance(error, ClientError)
+    (first,) = (tmp_path / "runs").iterdir()
+    later, result = run(tmp_path / "runs", task, resume=str(first), **options)
+    assert torch.equal(ears.released()[0], later.released()[0])
+    account = json.loads((first / "owner-release" / "account.json").read_text())
+    assert account == {"class-scores": [0], "activations-0": [0]}
+    assert load_delivered(result.run_dir, task)(torch.zeros(1, 4)).shape == (1, 3)
+
+
+def test_class_scores_need_one_vector_per_record(tmp_path: Path) -> None:
+    ears, error = run(tmp_path, Maps(2), **LOCAL | {"class_scores": 3})
+    assert "float32[2, 4]; class-scores needs one vector per record" in str(error)
     assert not ears.released()
