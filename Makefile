@@ -33,11 +33,12 @@ lint: $(INSTALLED)  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## Step time, time per message, throughput, memory; writes benchmarks/results
+bench: $(INSTALLED)  ## Step time, messages, throughput, memory, noise, sealing; writes benchmarks/results
 	$(BIN)/python benchmarks/chain.py
 	$(BIN)/python benchmarks/links.py
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/mechanisms.py
 
 clean:  ## Remove the virtual environment, caches and runs
 	rm -rf $(VENV) runs .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flwr_clicooper.errors import OptionError
 from flwr_clicooper.privacy.statistics import (
     COUNTS,
     INTERCEPT,
@@ -80,6 +81,11 @@ def fit_class_scores(batches: Batches, classes: int, mu: float) -> dict[str, Ten
     OptionError, DataError
         As `synthetic.release_synthetic`.
     """
+    if classes < 2 or not 0 < mu < math.inf:
+        raise OptionError(
+            f"classes is {classes} and mu is {mu}; allowed are at least 2 classes and a "
+            "finite mu above 0"
+        )
     rows, labels = collect(batches, classes)
     budget = Budget(mu)
     counts = budget.spend(COUNTS, class_counts(labels, classes), math.sqrt(2.0))

@@ -100,20 +100,17 @@ class GaussianRelease:
             As for one batch, or there is no batch, or they differ in their number of
             records.
         """
-        clipped = self._clipped(batches)
-        if self.sigma:
-            for values in clipped:
-                add_noise(values, self.sigma)
+        released = self._released(batches, self.sigma)
         return [
             values.to(batch.dtype) if batch.is_floating_point() else values
-            for values, batch in zip(clipped, batches, strict=True)
+            for values, batch in zip(released, batches, strict=True)
         ]
 
     def clipped(self, batch: Tensor) -> Tensor:
         """Return a clipped copy of a batch, float32 or float64, without noise."""
-        return self._clipped((batch,))[0]
+        return self._released((batch,), 0.0)[0]
 
-    def _clipped(self, batches: Sequence[Tensor]) -> list[Tensor]:
+    def _released(self, batches: Sequence[Tensor], sigma: float) -> list[Tensor]:
         rows = [_rows(batch) for batch in batches]
         sizes = [len(values) for values in rows]
         if len(set(sizes)) != 1:
@@ -121,14 +118,31 @@ class GaussianRelease:
                 f"batches of {sizes} records came; a joint release takes at least one batch, "
                 "and all of the same records"
             )
-        if self.unit == ELEMENT:
-            clipped = [self._cut(values) for values in rows]
-        else:
-            scale = self._scale(rows)
-            clipped = [_scaled(values, scale) for values in rows]
-        return [
-            values.reshape(batch.shape) for values, batch in zip(clipped, batches, strict=True)
+        out = [
+            torch.empty_like(values, memory_format=torch.contiguous_format) for values in rows
         ]
+        # Clipped and noised block by block, while the block is in the processor's cache.
+        step = max(1, _BLOCK // max(1, sum(values.shape[1] for values in rows)))
+        starts = range(0, sizes[0], step)
+
+        def release(start: int) -> None:
+            here = slice(start, start + step)
+            self._clip([v[here] for v in rows], [v[here] for v in out])
+            for values in out:
+                if sigma:
+                    _add_to(values[here].reshape(-1).numpy(), sigma)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(release, starts):
+                pass
+        return [v.reshape(batch.shape) for v, batch in zip(out, batches, strict=True)]
+
+    def _clip(self, rows: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """Write clipped rows."""
+        if self.unit == RECORD:
+            scale = self._scale(rows)
+        for values, place in zip(rows, out, strict=True):
+            place.copy_(self._cut(values) if self.unit == ELEMENT else _scaled(values, scale))
 
     def _cut(self, rows: Tensor) -> Tensor:
         _check_finite(rows.aminmax() if rows.numel() else ())

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom, chisquare
+from scipy.stats import beta, binom, chisquare
 
 from flwr_clicooper.errors import DataError, OptionError, StateError
 from flwr_clicooper.privacy.labels import (
@@ -186,3 +186,21 @@ def test_flips_do_not_follow_from_a_seed() -> None:
 def test_a_bad_label_epsilon_is_refused(epsilon: float) -> None:
     with pytest.raises(OptionError, match="label-epsilon is"):
         flip(torch.zeros(3, dtype=torch.int64), 10, epsilon)
+
+
+def audited_label_epsilon(epsilon: float, classes: int, games: int = 400_000) -> float:
+    """Return a lower bound of epsilon: how much likelier a class is told where it is true."""
+    true, other = torch.zeros(games, dtype=torch.int64), torch.ones(games, dtype=torch.int64)
+    told = [int((flip(labels, classes, epsilon) == 0).sum()) for labels in (true, other)]
+    # Clopper and Pearson; both bounds together fail once in a million audits.
+    at_least = beta.ppf(5e-7, told[0], games - told[0] + 1)
+    at_most = beta.ppf(1 - 5e-7, told[1] + 1, games - told[1])
+    return math.log(at_least / at_most)
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 2.0])
+def test_an_audit_of_flipped_labels_finds_the_claim_and_more_when_flipped_too_rarely(
+    epsilon: float,
+) -> None:
+    assert 0.8 * epsilon < audited_label_epsilon(epsilon, 10) <= epsilon
+    assert audited_label_epsilon(2 * epsilon, 10) > epsilon
