@@ -9,8 +9,8 @@ from flwr_clicooper.privacy.class_scores import FIT_SHARE
 from flwr_clicooper.privacy.statement import Guarantee, Mechanism, Statement
 
 _FLOATS = (
-    "the last bits of floating-point numbers: noise is drawn as float32 or float64, and "
-    "attacks on its rounding (Mironov, 2012) are not excluded."
+    "how noise is made: attacks on the rounding of floating-point noise (Mironov, 2012) and "
+    "on its generator (Philox, seeded by the system for each block) are not excluded."
 )
 _OWN_FIGURES = (
     "the held-out accuracy and loss that the owner reports; they are computed without noise."

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from examples.deployment.federation import Federation
 from examples.simulate import free_ports
+from flwr_clicooper import load_delivered
 from tests.cable import Cable
 from tests.deployment.test_deployment import APP, ENVIRONMENT, the_run
-from tests.tasks import ConvTask, nodes
+from tests.tasks import ConvTask, nodes, run_local
 from tests.test_exactness import check, reference
 
 pytestmark = pytest.mark.deployment
@@ -175,3 +177,32 @@ def test_a_link_that_is_cut_for_ten_seconds_goes_on_where_it_was(tmp_path: Path)
     assert not [note for note in notes if note["kind"] in ("retry", "hand-over")]
     assert max(note["redials"] for note in notes if note["kind"] == "round") == 3
     assert_equal(the_run(runs), notes)
+
+
+def test_a_supernode_that_restarts_between_messages_goes_on_from_its_files(
+    tmp_path: Path,
+) -> None:
+    """By mailbox, with a registered key, so that it comes back as the same node."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    options = {"schedule": "local", "release": "clean", "num_rounds": 1, "microbatches": 1}
+    config = "link='mailbox' schedule='local' release='clean' num-rounds=1 microbatches=1"
+    folder = tmp_path / "federation"
+    with Federation(folder, nodes(2), secure=True, environment=ENVIRONMENT) as federation:
+        federation.submit(APP, f"run-dir='{runs}' timeout=120.0 {config}")
+        # Once trainer 2 has trainer 1's outputs, trainer 1 waits for the round's end.
+        until(lambda: len(list(runs.glob("*/state/*/activations-0-*"))) == 2, 200)
+        # Not killed: Flower takes a killed node's key for in use until its heartbeat is late.
+        federation.supernodes[1].terminate()
+        federation.supernodes[1].wait(30)
+        federation.supernodes.append(federation.start_supernode(1))
+        record = federation.wait(200)
+    assert record["status"] == "finished:completed"
+    kinds = [note["kind"] for note in notes_of(the_run(runs))]
+    assert "retry" not in kinds
+    task = ConvTask()
+    whole = run_local(task, 2, tmp_path / "local", seed=3, batch_size=8, **options)
+    assert whole.run_dir
+    theirs = load_delivered(whole.run_dir, task).state_dict()
+    for name, value in load_delivered(the_run(runs), task).state_dict().items():
+        assert torch.allclose(value, theirs[name], rtol=0, atol=1e-6), name
