@@ -1,7 +1,8 @@
 """Step time, messages and bytes per step of the quickstart's chain.
 
 The same model and the same batches in one process, over a LocalGrid, and in a Flower
-simulation (mailbox and live links), 3 trainers, one after the other on the same machine.
+simulation (mailbox and live links), 3 trainers, without sealing, one after the other on the
+same machine.
 
     python benchmarks/chain.py [--steps 40]
 """
@@ -73,6 +74,7 @@ def local(release: str, microbatches: int) -> dict[str, Any]:
             "num-rounds": 1,
             "learning-rate": 0.1,
             "run-dir": run_dir,
+            "seal": False,
         }
         nodes: list[dict[str, Any]] = [{"role": "owner"}]
         nodes += [{"role": "trainer", "stage": i + 1} for i in range(TRAINERS)]
@@ -83,7 +85,8 @@ def local(release: str, microbatches: int) -> dict[str, Any]:
 
 def simulation(release: str, link: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as run_dir:
-        config = f"release='{release}' link='{link}' num-rounds=1 run-dir='{run_dir}'"
+        config = f"release='{release}' link='{link}' num-rounds=1 run-dir='{run_dir}' "
+        config += "seal=false"
         run = simulate(ROOT / "examples" / "quickstart", TRAINERS + 1, config)
         if run["status"] != "finished:completed":
             raise RuntimeError(f"the simulation ended as {run['status']}")
