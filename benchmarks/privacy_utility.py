@@ -5,12 +5,13 @@ else the 12,000 embedded records. Head: `heads.random_conv` with 256 features, w
 depend on the data. Its features are computed once, and every run is a whole chain of an
 owner and two trainers over a LocalGrid.
 
-    python benchmarks/privacy_utility.py [--seeds 0 1 2] [--epsilons 0.5 1 2 4 8]
+    python benchmarks/privacy_utility.py [--seeds 0 1 2] [--epsilons 0.5 1 2 4 8] [--only NAME]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import statistics
@@ -30,7 +31,7 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import TensorDataset  # noqa: E402
 
-from benchmarks.machine import machine, save  # noqa: E402
+from benchmarks.machine import RESULTS, machine, save  # noqa: E402
 from flwr_clicooper import CooperStrategy, LocalGrid, SplitTask, cooper_client  # noqa: E402
 from flwr_clicooper.datasets import fashion_mnist  # noqa: E402
 from flwr_clicooper.heads import random_conv  # noqa: E402
@@ -117,7 +118,9 @@ def runs(epsilons: list[float]) -> Iterator[Run]:
     for epsilon in epsilons:
         private = {"epsilon": epsilon, "delta": DELTA, "head": "public"}
         local = private | {"release": "local-dp", "clip": math.sqrt(FEATURES)}
-        yield Run("central-dp", epsilon, MLP, private | {"release": "central-dp"})
+        central = private | {"release": "central-dp"}
+        yield Run("central-dp", epsilon, MLP, central)
+        yield Run("central-dp, linear trainers", epsilon, LINEAR, central)
         yield Run("local-dp, class scores", epsilon, SCORES, local | {"class-scores": CLASSES})
         yield Run("local-dp, record", epsilon, NOISY, local)
         element = {"privacy-unit": "element", "clip": 1.0}
@@ -130,10 +133,14 @@ def main() -> None:
     parser.add_argument("--epsilons", type=float, nargs="+", default=[0.5, 1, 2, 4, 8])
     default = str(DEBIAN) if DEBIAN.is_dir() else ""
     parser.add_argument("--data-dir", default=default, help="four idx files of Fashion-MNIST")
+    parser.add_argument("--only", nargs="+", help="these releases; the others stay as saved")
     arguments = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
     train, test = features(arguments.data_dir)
-    todo = [(run, seed) for run in runs(arguments.epsilons) for seed in arguments.seeds]
+    wanted = [
+        run for run in runs(arguments.epsilons) if run.name in (arguments.only or [run.name])
+    ]
+    todo = [(run, seed) for run in wanted for seed in arguments.seeds]
     found: dict[tuple[str, float], list[float]] = {}
     records: dict[tuple[str, float], float] = {}
     for run, seed in track(todo, "chains"):
@@ -151,10 +158,21 @@ def main() -> None:
         for (name, epsilon), values in found.items()
     ]
     facts = {"seeds": arguments.seeds, "records": len(train), "held-out": len(test)}
+    if arguments.only:
+        rows = saved(facts, arguments.only) + rows
     show(rows, facts)
     plot(rows, len(train))
     facts |= {"delta": DELTA, "head": f"random_conv, {FEATURES} features"}
     print(f"raw output: {save('privacy_utility', {**facts, 'rows': rows}).relative_to(ROOT)}")
+
+
+def saved(facts: dict[str, Any], measured: list[str]) -> list[dict[str, Any]]:
+    """Return the rows of earlier results that were not measured now."""
+    results = json.loads((RESULTS / "privacy_utility.json").read_text())
+    if {name: results[name] for name in facts} != facts or results["machine"] != machine():
+        raise ValueError("the saved results are of other seeds, data, versions or machine")
+    rows: list[dict[str, Any]] = results["rows"]
+    return [row for row in rows if row["release"] not in measured]
 
 
 def features(data_dir: str) -> tuple[TensorDataset, TensorDataset]:
