@@ -2,7 +2,7 @@
 
 The same model and the same batches in one process, over a LocalGrid, and in a Flower
 simulation (mailbox and live links), 3 trainers, without sealing, one after the other on the
-same machine.
+same machine; the first 60 steps are left out, as in `throughput.py`.
 
     python benchmarks/chain.py [--steps 40]
 """
@@ -30,7 +30,7 @@ from benchmarks.one_process import step_seconds  # noqa: E402
 from examples.simulate import simulate  # noqa: E402
 from flwr_clicooper import CooperStrategy, LocalGrid, cooper_client  # noqa: E402
 
-BATCH, TRAINERS, WARM_UP = 256, 3, 3
+BATCH, TRAINERS, ROUNDS, WARM_UP = 256, 3, 3, 60
 
 
 class Few(FashionTask):
@@ -45,7 +45,7 @@ class Few(FashionTask):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=40, help="at most 46")
+    parser.add_argument("--steps", type=int, default=40, help="per round of three, at most 46")
     steps = min(parser.parse_args().steps, 46)
     Few.records = steps * BATCH
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -56,12 +56,22 @@ def main() -> None:
             rows.append(local(release, microbatches))
         rows += [simulation(release, link) for link in ("mailbox", "live")]
     show(rows)
-    path = save("chain", {"seed": 0, "steps": steps, "batch-size": BATCH, "rows": rows})
+    path = save(
+        "chain",
+        {
+            "seed": 0,
+            "steps": steps * ROUNDS,
+            "warm-up": WARM_UP,
+            "batch-size": BATCH,
+            "rows": rows,
+        },
+    )
     print(f"raw output: {path.relative_to(ROOT)}")
 
 
 def one_process(release: str) -> dict[str, Any]:
-    config = {"release": release, "batch-size": BATCH, "num-rounds": 1, "learning-rate": 0.1}
+    config = {"release": release, "batch-size": BATCH, "num-rounds": ROUNDS}
+    config["learning-rate"] = 0.1
     return row("one process", release, 1, step_seconds(Few(), config), 0, 0)
 
 
@@ -71,7 +81,7 @@ def local(release: str, microbatches: int) -> dict[str, Any]:
             "release": release,
             "batch-size": BATCH,
             "microbatches": microbatches,
-            "num-rounds": 1,
+            "num-rounds": ROUNDS,
             "learning-rate": 0.1,
             "run-dir": run_dir,
             "seal": False,
@@ -85,7 +95,7 @@ def local(release: str, microbatches: int) -> dict[str, Any]:
 
 def simulation(release: str, link: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as run_dir:
-        config = f"release='{release}' link='{link}' num-rounds=1 run-dir='{run_dir}' "
+        config = f"release='{release}' link='{link}' num-rounds={ROUNDS} run-dir='{run_dir}' "
         config += "seal=false"
         run = simulate(ROOT / "examples" / "quickstart", TRAINERS + 1, config)
         if run["status"] != "finished:completed":
