@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint bench clean
+.PHONY: help demo test test-fast test-slow lint bench clean
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -22,11 +22,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## Train the quickstart in a Flower simulation and beside it un-split
 	$(BIN)/python examples/quickstart/demo.py
 
-test: $(INSTALLED)  ## All tests
+test: $(INSTALLED)  ## All tests but the slow ones
 	$(BIN)/python -m pytest
 
 test-fast: $(INSTALLED)  ## Tests that start no Flower process
 	$(BIN)/python -m pytest -m 'not simulation and not deployment'
+
+test-slow: $(INSTALLED)  ## Tests that take minutes each, which `make test` leaves out
+	$(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED)  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -179,6 +179,7 @@ def test_a_link_that_is_cut_for_ten_seconds_goes_on_where_it_was(tmp_path: Path)
     assert_equal(the_run(runs), notes)
 
 
+@pytest.mark.slow
 def test_a_supernode_that_restarts_between_messages_goes_on_from_its_files(
     tmp_path: Path,
 ) -> None:
