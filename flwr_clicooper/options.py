@@ -302,6 +302,22 @@ class Options:
         return "\n".join(lines)
 
 
+def node_path(node_config: Mapping[str, Any], name: str) -> Path | None:
+    """Return a path of a node config; None where it is not given.
+
+    Raises
+    ------
+    OptionError
+        The value is not a path.
+    """
+    given = node_config.get(name)
+    if given is None:
+        return None
+    if not isinstance(given, str) or not given:
+        raise OptionError(f"node-config {name!r} is {given!r}; allowed is a path")
+    return Path(given).expanduser()
+
+
 def task_config(
     run_config: Mapping[str, Any], node_config: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from flwr.app import Context
 from flwr.common.logger import log
 
 from flwr_clicooper.chain.roles import OWNER, TRAINER, role_of
-from flwr_clicooper.errors import OptionError
+from flwr_clicooper.options import node_path
 from flwr_clicooper.privacy.sealing import Introduction, check
-from flwr_clicooper.provenance.keys import Identity, PublicIdentity
+from flwr_clicooper.provenance.keys import Identity, PublicIdentity, verify
 from flwr_clicooper.provenance.trust import Pins, Trust
 
 
@@ -26,7 +26,7 @@ def own_identity(node_config: Mapping[str, Any]) -> Identity:
     OptionError, StateError
         ``identity-key`` is not a path, or its file is not a key that only its owner reads.
     """
-    path = _path(node_config, "identity-key")
+    path = node_path(node_config, "identity-key")
     return Identity.load(path) if path else Identity.new()
 
 
@@ -52,9 +52,9 @@ def check_peers(
         A key is not the one that must be there.
     """
     for name, (_, introduction) in peers.items():
-        check(introduction, run, name, _verify)
+        check(introduction, run, name, verify)
     config = context.node_config
-    trust_file, own = _path(config, "trust-file"), _path(config, "identity-key")
+    trust_file, own = node_path(config, "trust-file"), node_path(config, "identity-key")
     is_new = partial(_is_new, trust=Trust.load(trust_file) if trust_file else None, own=own)
     new = [name for name, (stage, it) in peers.items() if is_new(stage, it)]
     if new and not role_of(config).simulated:
@@ -83,16 +83,3 @@ def _warning(
         f"no trust-file says who the others are; taken as they came: {', '.join(known)}. A "
         f"relay that lies about keys would not be noticed. {after}"
     ).strip()
-
-
-def _verify(identity: str, signature: bytes, content: bytes) -> None:
-    PublicIdentity.parse(identity).verify(signature, content)
-
-
-def _path(node_config: Mapping[str, Any], name: str) -> Path | None:
-    given = node_config.get(name)
-    if given is None:
-        return None
-    if not isinstance(given, str) or not given:
-        raise OptionError(f"node-config {name!r} is {given!r}; allowed is a path")
-    return Path(given).expanduser()

@@ -6,7 +6,6 @@ import json
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import Message
 from torch import Tensor, nn
@@ -39,11 +38,11 @@ from flwr_clicooper.chain.messages import (
 )
 from flwr_clicooper.chain.own_checkpoints import OwnCheckpoints
 from flwr_clicooper.chain.owner_data import OwnerData
-from flwr_clicooper.chain.owner_labels import OwnerLabels, all_rows, label_key
+from flwr_clicooper.chain.owner_labels import OwnerLabels, label_key
 from flwr_clicooper.chain.owner_release import OwnerRelease, bound_of
 from flwr_clicooper.chain.privacy_statement import statement_of
 from flwr_clicooper.chain.private_head import check_per_record, check_random, check_specs
-from flwr_clicooper.chain.records import Indices
+from flwr_clicooper.chain.records import Indices, all_rows
 from flwr_clicooper.chain.release_store import ReleaseStore
 from flwr_clicooper.chain.roles import run_folder
 from flwr_clicooper.chain.stage import Stage, position_of
@@ -385,8 +384,7 @@ class Owner(Worker):
         path = save_model(model, folder, portable(self.session.config))
         model.to(self.session.device)
         loss, correct, size = 0.0, 0.0, self.session.options.batch_size
-        for start in range(0, self.test.records, size):
-            rows = np.arange(start, min(start + size, self.test.records))
+        for rows in all_rows(self.test.records, size):
             inputs, labels = self.test.fetch(rows)
             sums = self._measure(model, inputs, self.labels.checked(labels, "held-out"))
             loss, correct = loss + sums[0], correct + sums[1]

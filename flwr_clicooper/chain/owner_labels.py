@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from flwr_clicooper.chain.records import Indices, check_labels
 from flwr_clicooper.chain.release_store import ReleaseStore
 from flwr_clicooper.chain.roles import run_folder
 from flwr_clicooper.errors import OptionError
-from flwr_clicooper.options import Options
+from flwr_clicooper.options import Options, node_path
 from flwr_clicooper.privacy.labels import (
     SecretLabelMap,
     flip,
@@ -37,8 +35,8 @@ class OwnerLabels:
         Whether labels are class indices.
     scores : TensorSpec
         What the model gives per record.
-    key : bytes
-        Of the label map; not used without one.
+    key : callable
+        Gives the key of the label map; not called without one.
 
     Raises
     ------
@@ -135,19 +133,12 @@ def label_key(
     OptionError, StateError
         The node config's ``label-key`` is not a path, or the file is not a key.
     """
-    given = node_config.get("label-key")
+    given = node_path(node_config, "label-key")
     if given is not None:
-        if not isinstance(given, str) or not given:
-            raise OptionError(f"node-config 'label-key' is {given!r}; allowed is a path")
-        return load_key(Path(given).expanduser())
+        return load_key(given)
     path = run_folder(options, run_id) / KEY_FILE
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         old = run_folder(options, resumed) / KEY_FILE
         save_key(path, load_key(old) if resumed else new_key())
     return load_key(path)
-
-
-def all_rows(records: int, size: int) -> list[Indices]:
-    """Return the indices of all records, some at a time."""
-    return [np.arange(i, min(i + size, records)) for i in range(0, records, size)]

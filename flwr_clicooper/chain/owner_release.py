@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from flwr_clicooper.chain.messages import ACTIVATIONS, LABELS
-from flwr_clicooper.chain.owner_labels import OwnerLabels, all_rows
-from flwr_clicooper.chain.records import Indices
+from flwr_clicooper.chain.owner_labels import OwnerLabels
+from flwr_clicooper.chain.records import Indices, all_rows
 from flwr_clicooper.chain.release_store import ReleaseStore
 from flwr_clicooper.errors import MessageError
 from flwr_clicooper.options import Options

@@ -17,6 +17,11 @@ from flwr_clicooper.split.specs import Tensors, TensorSpec
 Indices = NDArray[np.int64]
 
 
+def all_rows(records: int, size: int) -> list[Indices]:
+    """Return the indices of all records, some at a time."""
+    return [np.arange(i, min(i + size, records)) for i in range(0, records, size)]
+
+
 class LabelledSet:
     """A data set of (input, label) items, read by lists of indices.
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from flwr.app import Context
 
-from flwr_clicooper.errors import OptionError, RoleError
-from flwr_clicooper.options import Options
+from flwr_clicooper.errors import RoleError
+from flwr_clicooper.options import Options, node_path
 
 OWNER = "owner"
 TRAINER = "trainer"
@@ -80,11 +80,9 @@ def state_folder(options: Options, context: Context, run_id: int | str, node_id:
     OptionError
         The node config's ``state-dir`` is not a path.
     """
-    given = context.node_config.get("state-dir")
+    given = node_path(context.node_config, "state-dir")
     if given is None:
         root = run_folder(options, run_id) / "state"
-    elif isinstance(given, str) and given:
-        root = Path(given).expanduser().absolute() / str(run_id)
     else:
-        raise OptionError(f"node-config 'state-dir' is {given!r}; allowed is a path")
+        root = given.absolute() / str(run_id)
     return root / f"node-{node_id}"

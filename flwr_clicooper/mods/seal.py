@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Iterable, Mapping
 from logging import WARNING
-from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
@@ -14,8 +13,9 @@ from flwr.common.logger import log
 
 from flwr_clicooper.errors import OptionError, SealError, TrustError
 from flwr_clicooper.mods.sealed_records import RecordSealer, is_sealed
+from flwr_clicooper.options import node_path
 from flwr_clicooper.privacy.sealing import Introduction, KeyRing, Order, check, introduce
-from flwr_clicooper.provenance.keys import Identity, PublicIdentity
+from flwr_clicooper.provenance.keys import Identity, PublicIdentity, verify
 from flwr_clicooper.provenance.trust import Trust
 
 RECORD = "clicooper.seal"
@@ -132,7 +132,7 @@ def _meet(sealer: RecordSealer, header: ConfigRecord, context: Context) -> None:
             continue
         if peer.party in peers:
             raise SealError(f"{peer.party} has another key than before in this run")
-        check(peer, own.run, peer.party, _verify)
+        check(peer, own.run, peer.party, verify)
         _check_trusted(peer, context)
         peers[peer.party] = peer
     if peers != sealer.ring.peers:
@@ -140,7 +140,10 @@ def _meet(sealer: RecordSealer, header: ConfigRecord, context: Context) -> None:
 
 
 def _check_trusted(peer: Introduction, context: Context) -> None:
-    path, key = _path(context, "trust-file"), PublicIdentity.parse(peer.identity)
+    path, key = (
+        node_path(context.node_config, "trust-file"),
+        PublicIdentity.parse(peer.identity),
+    )
     if path is None:
         log(
             WARNING,
@@ -168,7 +171,7 @@ def _restored(context: Context) -> RecordSealer:
     party = context.node_config.get("party")
     if not isinstance(party, str) or not party:
         raise OptionError(f"node-config 'party' is {party!r}; allowed is the client's name")
-    path = _path(context, "identity-key")
+    path = node_path(context.node_config, "identity-key")
     identity = Identity.load(path) if path else Identity.new()
     own, private = introduce(run, party, str(identity.public), identity.sign)
     return RecordSealer(KeyRing(own, private, {}))
@@ -185,16 +188,3 @@ def _texts(header: ConfigRecord) -> Iterable[str]:
     if not isinstance(texts, list):
         raise SealError(f"{_INTRODUCTIONS!r} of {RECORD!r} is not a list")
     return [str(text) for text in texts]
-
-
-def _path(context: Context, name: str) -> Path | None:
-    given = context.node_config.get(name)
-    if given is None:
-        return None
-    if not isinstance(given, str) or not given:
-        raise OptionError(f"node-config {name!r} is {given!r}; allowed is a path")
-    return Path(given).expanduser()
-
-
-def _verify(identity: str, signature: bytes, content: bytes) -> None:
-    PublicIdentity.parse(identity).verify(signature, content)

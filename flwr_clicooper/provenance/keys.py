@@ -124,6 +124,17 @@ class PublicIdentity:
             ) from None
 
 
+def verify(identity: str, signature: bytes, data: bytes) -> None:
+    """Raise unless the identity with this text signed some bytes.
+
+    Raises
+    ------
+    TrustError
+        The text is not a key, or the signature is not by it.
+    """
+    PublicIdentity.parse(identity).verify(signature, data)
+
+
 class Identity:
     """An Ed25519 identity with its secret; make one by `new` or `load`."""
 

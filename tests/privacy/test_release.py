@@ -14,6 +14,7 @@ from scipy.stats import kstest, norm
 from flwr_clicooper.errors import DataError, OptionError
 from flwr_clicooper.privacy.accounting import delta_of, mu_for, noise_for
 from flwr_clicooper.privacy.release import GaussianRelease
+from tests.privacy.audits import lower_bound
 
 FALSE_ALARM = 1e-6
 
@@ -213,20 +214,10 @@ def audited_epsilon(sigma: float, delta: float, games: int = 1_000_000) -> float
     sees the line between them and guesses at the best threshold of a grid. Bounds on its
     error rates (Clopper and Pearson, over the whole grid) give epsilon (Kairouz et al.).
     """
-    from scipy.stats import beta
-
     release = GaussianRelease("record", 1.0, sigma)
     one, other = torch.full((games, 1), 100.0), torch.full((games, 1), -100.0)
     seen_one, seen_other = release(one)[:, 0].numpy(), release(other)[:, 0].numpy()
-    best, grid = 0.0, np.linspace(-2, 4 * sigma, 60)
-    alpha = FALSE_ALARM / (2 * len(grid))
-    for threshold in grid:
-        right, wrong = int((seen_one > threshold).sum()), int((seen_other > threshold).sum())
-        at_least = beta.ppf(alpha, right, games - right + 1) if right else 0.0
-        at_most = beta.ppf(1 - alpha, wrong + 1, games - wrong) if wrong < games else 1.0
-        if at_least > delta:
-            best = max(best, math.log((at_least - delta) / at_most))
-    return best
+    return lower_bound(seen_one, seen_other, np.linspace(-2, 4 * sigma, 60), delta)
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 2.0])

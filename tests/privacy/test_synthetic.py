@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import beta, kstest
+from scipy.stats import kstest
 
 from flwr_clicooper.errors import CooperError, DataError, OptionError
 from flwr_clicooper.privacy import statistics
@@ -25,6 +25,7 @@ from flwr_clicooper.privacy.statistics import (
     second_moment,
 )
 from flwr_clicooper.privacy.synthetic import release_synthetic
+from tests.privacy.audits import lower_bound
 
 FALSE_ALARM = 1e-6
 
@@ -261,15 +262,9 @@ def audited_epsilon(
         return ((games_played - other) * line).flatten(1).sum(1).numpy()
 
     seen_one, seen_other = seen(one), seen(other)
-    best, grid = 0.0, np.linspace(-sigma, sensitivity + 4 * sigma, 60)
-    alpha = FALSE_ALARM / (2 * len(grid))
-    for threshold in grid:
-        right, wrong = int((seen_one > threshold).sum()), int((seen_other > threshold).sum())
-        at_least = beta.ppf(alpha, right, games - right + 1) if right else 0.0
-        at_most = beta.ppf(1 - alpha, wrong + 1, games - wrong) if wrong < games else 1.0
-        if at_least > delta:
-            best = max(best, math.log((at_least - delta) / at_most))
-    return best
+    return lower_bound(
+        seen_one, seen_other, np.linspace(-sigma, sensitivity + 4 * sigma, 60), delta
+    )
 
 
 @pytest.mark.parametrize("name", ["counts", "mean", "residual sums"])
