@@ -176,9 +176,12 @@ def seal_mod(message: Message, context: Context, call_next: ClientAppCallable) -
     """Open what comes and seal what goes; a Flower mod for the ClientApp of the chain."""
     action = Action(message.metadata.message_type)
     options = Options.from_config(context.run_config)
+    key = (context.run_id, context.node_id)
+    if action is Action.FINISH:
+        _CACHE.pop(key, None)  # a process may outlive many runs; their keys must not
     if action in _OPEN or not options.seal:
         return call_next(message, context)
-    header, key = Header.of(message), (context.run_id, context.node_id)
+    header = Header.of(message)
     persist = header.optional("persist", False)
     folder = state_folder(options, context, context.run_id, context.node_id)
     if action is Action.SETUP:

@@ -179,6 +179,7 @@ def test_keys_are_in_files_that_others_cannot_read(tmp_path: Path) -> None:
 
     result = start(tmp_path, Look)
     assert set(modes) == {0o600}
+    assert not [run for run, _ in sealing._CACHE if str(run) == result.run_dir.name]
     assert not list(tmp_path.rglob("seal.json"))
     assert not list(tmp_path.rglob("ring-*.json"))
     assert result.model
