@@ -7,10 +7,12 @@ from flwr_clicooper.options import Options
 from flwr_clicooper.privacy.accounting import composed, epsilon_of, mu_for
 from flwr_clicooper.privacy.class_scores import FIT_SHARE
 from flwr_clicooper.privacy.statement import Guarantee, Mechanism, Statement
+from flwr_clicooper.privacy.statistics import ROUNDS
 
 _FLOATS = (
-    "how noise is made: attacks on the rounding of floating-point noise (Mironov, 2012) and "
-    "on its generator (Philox, seeded by the system for each block) are not excluded."
+    "how noise is made: attacks on the rounding of floating-point noise (Mironov, 2012) are "
+    "not excluded. Noise is made of the key stream of AES-256, with a new key from the system "
+    "for each block of 262,144 numbers."
 )
 _OWN_FIGURES = (
     "the held-out accuracy and loss that the owner reports; they are computed without noise."
@@ -58,7 +60,7 @@ def _activations(release: OwnerRelease, made: int) -> tuple[Mechanism, tuple[Gua
         name = (
             "synthetic records, which follow from Gaussian-noised sums over all records alone "
             "(class counts, mean and second moment of the features, and what a linear "
-            "classifier gets wrong, 30 times); no record's activation or label itself"
+            f"classifier gets wrong, {ROUNDS} times); no record's activation or label itself"
         )
         parameters = {"mu": mu_for(options.epsilon, options.delta)}
         guarantee = Guarantee("record", options.epsilon, options.delta)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from flwr.app import Array, ArrayRecord
 
 from flwr_clicooper.errors import SealError
@@ -62,12 +63,9 @@ class RecordSealer:
         found = ArrayRecord()
         for key, array in record.items():
             about = _about(name, key, array, array.stype, number, place)
-            sealed = self.ring.seal(taker, about, array.data)
-            closed = Array(
-                array.dtype, tuple(array.shape), f"{SEALED}:{number}:{array.stype}", b""
-            )
-            closed.data = bytes(sealed) if whole else memoryview(sealed)  # type: ignore[assignment]
-            found[key] = closed
+            sealed = self.ring.seal(taker, about, array.data, _memory)
+            stype = f"{SEALED}:{number}:{array.stype}"
+            found[key] = _like(array, stype, bytes(sealed) if whole else sealed)
         return found
 
     def open(
@@ -81,6 +79,9 @@ class RecordSealer:
         counted: bool = True,
     ) -> ArrayRecord:
         """Return a record that a party sealed for this one.
+
+        An array that came as ``bytes``, which is how Flower carries it, is ``bytes`` again;
+        one that came as a view over a live link is a view, without a copy.
 
         Parameters
         ----------
@@ -99,8 +100,9 @@ class RecordSealer:
             number, stype = _taken_apart(array.stype, what, giver)
             numbers.add(number)
             about = _about(name, key, array, stype, number, place)
-            data = self.ring.open(giver, about, array.data, what)
-            found[key] = Array(array.dtype, tuple(array.shape), stype, data)
+            data = self.ring.open(giver, about, array.data, what, _memory)
+            whole = isinstance(array.data, bytes)
+            found[key] = _like(array, stype, bytes(data) if whole else data)
         if len(numbers) != 1:
             raise SealError(f"{what} from {giver}: its arrays are not of one message")
         if counted:
@@ -111,6 +113,18 @@ class RecordSealer:
 def is_sealed(record: ArrayRecord) -> bool:
     """Return whether any array of a record is sealed."""
     return any(array.stype.startswith(f"{SEALED}:") for array in record.values())
+
+
+def _memory(size: int) -> memoryview:
+    """Return memory that is not zeroed first, which would take a quarter of the time."""
+    return np.empty(size, np.uint8).data
+
+
+def _like(array: Array, stype: str, data: bytes | memoryview) -> Array:
+    """Return an array of the same dtype and shape with other data."""
+    found = Array(array.dtype, tuple(array.shape), stype, b"")
+    found.data = data  # type: ignore[assignment]  # a view does as well, but is not announced
+    return found
 
 
 def _about(name: str, key: str, array: Array, stype: str, number: int, place: Place) -> bytes:

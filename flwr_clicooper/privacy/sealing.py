@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from flwr_clicooper.errors import CooperError, SealError
+from flwr_clicooper.privacy.aead import OVERHEAD, Memory, decrypted, encrypted
 
 Buffer = bytes | bytearray | memoryview
 Sign = Callable[[bytes], bytes]
@@ -33,8 +34,6 @@ Sign = Callable[[bytes], bytes]
 Verify = Callable[[str, bytes, bytes], None]
 """Raises a `CooperError` if a key's text, a signature and some bytes do not go together."""
 
-OVERHEAD = 28
-"""Bytes that sealing adds."""
 MAX_SEALED = 2**31 - 1
 """Bytes of a sealed message at most; the cipher takes no more at once."""
 MAX_INTRODUCTION = 2048
@@ -42,9 +41,7 @@ MAX_INTRODUCTION = 2048
 
 _INTRODUCTION = "clicooper/introduction/v1"
 _SEAL = "clicooper/seal/v1"
-_NONCE = 12
 _NAME = re.compile(r"[ -~]{1,128}")
-_HAS_INTO = hasattr(AESGCM, "encrypt_into")  # not in older versions of cryptography
 
 
 @dataclass(frozen=True)
@@ -195,7 +192,9 @@ class KeyRing:
         """Return a ring with the same secret and these peers."""
         return KeyRing(self.own, self._private, peers)
 
-    def seal(self, receiver: str, about: bytes, data: Buffer) -> bytearray:
+    def seal(
+        self, receiver: str, about: bytes, data: Buffer, memory: Memory = bytearray
+    ) -> memoryview:
         """Return bytes that only the receiver can open, and only as what they are.
 
         Parameters
@@ -206,6 +205,8 @@ class KeyRing:
             What the message is, such as action, round and number; not secret, not sent.
         data : bytes-like
             Any C-contiguous buffer.
+        memory : callable
+            Gives the memory that the result goes to, of the size that it is asked for.
 
         Raises
         ------
@@ -214,24 +215,23 @@ class KeyRing:
         """
         sender = self.own.party
         cipher, bound = self._cipher(sender, receiver), self._bound(sender, receiver, about)
-        plain, nonce = _flat(data), os.urandom(_NONCE)
-        size = len(plain) + OVERHEAD
-        if size > MAX_SEALED:
+        plain = _flat(data)
+        if len(plain) + OVERHEAD > MAX_SEALED:
             raise SealError(
                 f"a message from {sender} to {receiver} has {len(plain):,} bytes; allowed are "
                 f"at most {MAX_SEALED - OVERHEAD:,}"
             )
-        if not _HAS_INTO:
-            return bytearray().join((nonce, cipher.encrypt(nonce, plain, bound)))
-        sealed = bytearray(size)
-        sealed[:_NONCE] = nonce
-        cipher.encrypt_into(nonce, plain, bound, memoryview(sealed)[_NONCE:])
-        return sealed
+        return encrypted(cipher, plain, bound, memory)
 
     def open(
-        self, sender: str, about: bytes, sealed: Buffer, what: str = "a message"
-    ) -> bytes:
-        """Return what a party sealed for this one.
+        self,
+        sender: str,
+        about: bytes,
+        sealed: Buffer,
+        what: str = "a message",
+        memory: Memory = bytearray,
+    ) -> memoryview:
+        """Return what a party sealed for this one, to read only.
 
         Parameters
         ----------
@@ -243,6 +243,8 @@ class KeyRing:
             What came.
         what : str
             What an error calls it.
+        memory : callable
+            Gives the memory that the result goes to, of the size that it is asked for.
 
         Raises
         ------
@@ -258,7 +260,7 @@ class KeyRing:
                 f"{OVERHEAD} to {MAX_SEALED:,}"
             )
         try:
-            return cipher.decrypt(view[:_NONCE], view[_NONCE:], bound)
+            return decrypted(cipher, view, bound, memory)
         except InvalidTag:
             raise SealError(
                 f"{what} from {sender} to {receiver} does not open: it was changed on its "

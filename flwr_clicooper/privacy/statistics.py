@@ -36,10 +36,15 @@ Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 COUNTS, _MEAN, _MOMENT, _RESIDUALS = "counts", "mean", "second moment", "residual sums"
 _SHARES = {COUNTS: 0.01, _MEAN: 0.04, _MOMENT: 0.10, _RESIDUALS: 0.85}
 """Parts of mu squared. The labels' side is what noise hurts."""
-_ROUNDS = 30
-_MOMENTUM = 0.9
-_STEP, _STEP_MAX = 1 / 300, 160.0
+ROUNDS = 45
+"""How often residual sums are released."""
+_RESIDUAL_MAX = 0.5
+"""A record that is clearly wrong would give up to 1.4 and counts for less; noise is halved."""
+_MOMENTUM = 0.6
+_STEP, _STEP_MAX = 1 / 50, 1000.0
 """A step is this times mu times the records: the less signal, the shorter."""
+_DECAY = 0.75
+"""Weights are pulled back by this over mu times the records: the less signal, the more."""
 INTERCEPT = 0.1
 _SPREAD_MIN = 0.1
 _WHITEN_MIN = 0.3
@@ -131,18 +136,20 @@ def second_moment(rows: Tensor, centre: Tensor, radius: float) -> Tensor:
     return total
 
 
-def residual_sums(inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Return the sum of input times (probability - truth), each record's clipped to norm 1.
+def residual_sums(inputs: Tensor, labels: Tensor, weights: Tensor, radius: float) -> Tensor:
+    """Return the sum of input times (probability - truth), clipped to a radius ``R``.
 
-    ``[d, classes]``, the gradient of the logistic loss. Two contributions of norm at most 1
-    are exchanged, so replacing one record moves it by at most 2.
+    ``[d, classes]``, the gradient of the logistic loss. Of each record input times residual
+    is a matrix of rank 1, whose Frobenius norm is the product of their norms; it is cut to
+    at most ``R``. Two such contributions are exchanged, so replacing one record moves the
+    sum by at most ``2 R``, whatever the weights are.
     """
     total = torch.zeros_like(weights)
     for block, told in zip(_doubles(inputs), torch.split(labels, _BLOCK), strict=True):
         residuals = (block @ weights).softmax(dim=1)
         residuals -= functional.one_hot(told, weights.shape[1])
         norms = block.norm(dim=1) * residuals.norm(dim=1)
-        residuals /= norms.clamp_min(1.0)[:, None]
+        residuals *= (radius / norms.clamp_min(radius))[:, None]
         total.addmm_(block.T, residuals)
     return total
 
@@ -246,14 +253,16 @@ def fit_cloud(rows: Tensor, budget: Budget) -> Cloud:
 def fit_weights(inputs: Tensor, labels: Tensor, counts: Tensor, budget: Budget) -> Tensor:
     """Release residual sums, and descend along each; float64 ``[d + 1, classes]``."""
     count = len(inputs)
-    charge = budget.charge(_RESIDUALS, 2.0, _ROUNDS)
+    charge = budget.charge(_RESIDUALS, 2.0 * _RESIDUAL_MAX, ROUNDS)
     weights = torch.zeros(inputs.shape[1], len(counts), dtype=torch.float64)
     weights[-1] = (counts.clamp_min(1.0) / count).log() / INTERCEPT
-    step, speed = min(_STEP_MAX, _STEP * budget.mu * count), torch.zeros_like(weights)
-    for turn in range(_ROUNDS):
-        told = noisy(residual_sums(inputs, labels, weights), charge.sigma)
-        speed = _MOMENTUM * speed + told / count
-        weights = weights - step * (1.0 - turn / _ROUNDS) * speed
+    signal = budget.mu * count
+    step, decay = min(_STEP_MAX, _STEP * signal), _DECAY / signal
+    start, speed = weights, torch.zeros_like(weights)
+    for turn in range(ROUNDS):
+        told = noisy(residual_sums(inputs, labels, weights, _RESIDUAL_MAX), charge.sigma)
+        speed = _MOMENTUM * speed + told / count + decay * (weights - start)
+        weights = weights - step * (1.0 - turn / ROUNDS) * speed
     return weights
 
 

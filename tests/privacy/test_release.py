@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy.stats import kstest, norm
+from scipy.stats import binomtest, kstest, norm
 
 from flwr_clicooper.errors import DataError, OptionError
+from flwr_clicooper.privacy import release as module
 from flwr_clicooper.privacy.accounting import delta_of, mu_for, noise_for
-from flwr_clicooper.privacy.release import GaussianRelease
+from flwr_clicooper.privacy.release import GaussianRelease, add_noise
 from tests.privacy.audits import lower_bound
 
 FALSE_ALARM = 1e-6
@@ -179,11 +181,49 @@ def test_noise_is_gaussian_with_the_stated_deviation(dtype: torch.dtype) -> None
     zeros = torch.zeros(700, 1000, dtype=dtype)  # more than two blocks
     noise = GaussianRelease("record", 1.0, 2.5)(zeros).double().numpy()
     assert kstest(noise.ravel() / 2.5, "norm").pvalue > FALSE_ALARM
-    # Neighbours, columns and blocks are not related.
+    # Neighbours, columns, the two of a pair and blocks are not related, nor their squares.
     flat = noise.ravel() / 2.5
-    for lag in (1, 1000, 2**18):
-        product = flat[:-lag] * flat[lag:]
-        assert abs(product.mean()) * math.sqrt(len(product)) < norm.isf(FALSE_ALARM / 2)
+    for values in (flat, (flat**2 - 1) / math.sqrt(2)):
+        for lag in (1, 1000, 2**16, 2**18):
+            product = values[:-lag] * values[lag:]
+            assert abs(product.mean()) * math.sqrt(len(product)) < norm.isf(FALSE_ALARM / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_tails_of_the_noise_are_as_heavy_as_they_must_be(dtype: torch.dtype) -> None:
+    noise = torch.zeros(8_000_000, dtype=dtype)
+    add_noise(noise, 1.0)
+    for limit in (3.0, 4.0, 4.5, 5.0):
+        beyond = int((noise.abs() > limit).sum())
+        chance = 2 * norm.sf(limit)
+        assert binomtest(beyond, len(noise), chance).pvalue > FALSE_ALARM / 4
+    assert bool((noise != 0).all())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("byte", "reach"), [(0, math.sqrt(2 * 64 * math.log(2))), (255, 0)])
+def test_no_bits_give_noise_that_is_not_finite(dtype: type, byte: int, reach: float) -> None:
+    class Same:
+        def update_into(self, data: memoryview, buffer: memoryview) -> None:
+            buffer[: len(data)] = bytes([byte]) * len(data)
+
+    stream: Any = Same()
+    first, second = module._gaussian(stream, 1, np.dtype(dtype))
+    assert math.hypot(first, second) == pytest.approx(reach)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 2**17 - 1, 2**17 + 1, 2**18 + 1])
+def test_noise_comes_to_every_number_whatever_their_count(count: int) -> None:
+    noise = torch.zeros(count)
+    add_noise(noise, 1e-3)
+    assert bool((noise != 0).all())
+    assert bool((noise.abs() < 0.01).all())
+
+
+def test_blocks_do_not_share_their_noise() -> None:
+    noise = torch.zeros(3 * 2**18)
+    add_noise(noise, 1.0)
+    assert len({tuple(block[:8].tolist()) for block in noise.view(-1, 2**17)}) == 6
 
 
 def test_noise_follows_from_no_seed() -> None:

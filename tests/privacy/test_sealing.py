@@ -73,14 +73,6 @@ def test_any_buffer_is_sealed_and_opened(wrap: Callable) -> None:
     assert FIRST.open("owner", ABOUT, OWNER.seal("trainer 1", ABOUT, empty.data)) == b""
 
 
-def test_older_versions_of_the_library_make_the_same_format(monkeypatch) -> None:
-    new = OWNER.seal("trainer 1", ABOUT, b"data")
-    monkeypatch.setattr(sealing, "_HAS_INTO", False)
-    old = OWNER.seal("trainer 1", ABOUT, b"data")
-    assert type(old) is type(new)
-    assert FIRST.open("owner", ABOUT, old) == FIRST.open("owner", ABOUT, new) == b"data"
-
-
 def test_what_is_sealed_does_not_show_the_data() -> None:
     data = os.urandom(64)
     sealed = bytes(OWNER.seal("trainer 1", ABOUT, data * 50))

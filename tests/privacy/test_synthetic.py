@@ -28,6 +28,7 @@ from flwr_clicooper.privacy.synthetic import release_synthetic
 from tests.privacy.audits import lower_bound
 
 FALSE_ALARM = 1e-6
+RESIDUAL_MAX = statistics._RESIDUAL_MAX
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -102,7 +103,7 @@ def pair(
                 "counts": class_counts(told, 4) / math.sqrt(2),
                 "mean": feature_sum(records) / 2,
                 "moment": second_moment(records, centre, radius) / (math.sqrt(2) * radius**2),
-                "residuals": residual_sums(records, told, weights) / 2,
+                "residuals": residual_sums(records, told, weights, radius) / (2 * radius),
             }
         )
     return {name: float((value - sides[1][name]).norm()) for name, value in sides[0].items()}
@@ -137,14 +138,15 @@ def test_the_worst_pairs_reach_the_sensitivities() -> None:
     apart = pair(rows, centre + 0.8 * axis[0], centre + 0.8 * axis[1], (0, 0))
     assert apart["moment"] == pytest.approx(1.0)
     one, other = wrong_about_opposites()
-    assert float((one - other).norm()) == pytest.approx(2.0, rel=0.01)
+    assert float((one - other).norm()) == pytest.approx(2.0 * RESIDUAL_MAX, rel=0.01)
 
 
 def wrong_about_opposites() -> tuple[torch.Tensor, torch.Tensor]:
     """Return residual sums of opposite records that an intercept is sure and wrong about."""
     weights = torch.tensor([[0.0, 0.0], [-1000.0, 1000.0]]).double()
     records = torch.tensor([[[1.0, 0.1]], [[-1.0, 0.1]]])
-    one, other = (residual_sums(record, torch.tensor([0]), weights) for record in records)
+    label = torch.tensor([0])
+    one, other = (residual_sums(record, label, weights, RESIDUAL_MAX) for record in records)
     return one, other
 
 
@@ -154,13 +156,15 @@ def test_statistics_are_what_they_are_called() -> None:
     assert torch.equal(class_counts(labels, 5)[:3], torch.bincount(labels).double())
     assert class_counts(labels, 5)[3:].tolist() == [0.0, 0.0]
     assert torch.allclose(feature_sum(rows), rows.double().sum(0))
-    centred = rows.double() - 0.02
     moment = second_moment(rows, torch.full((5,), 0.02).double(), 10.0)
-    assert torch.allclose(moment, centred.T @ centred)
+    assert torch.allclose(moment, (rows.double() - 0.02).T @ (rows.double() - 0.02))
     weights = torch.zeros(5, 3, dtype=torch.float64, requires_grad=True)
     loss = torch.nn.functional.cross_entropy(rows.double() @ weights, labels, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, weights)
-    assert torch.allclose(residual_sums(rows, labels, weights.detach()), gradient)
+    assert torch.allclose(residual_sums(rows, labels, weights.detach(), 10.0), gradient)
+    # A smaller radius shortens each record's part and leaves its direction.
+    whole, cut = (residual_sums(rows[:1], labels[:1], weights.detach(), r) for r in (1, 1e-3))
+    assert torch.allclose(1e3 * cut, whole / whole.norm())
 
 
 # -- noise -----------------------------------------------------------------------------------
@@ -213,8 +217,8 @@ def test_charges_compose_to_what_was_allowed(mu: float) -> None:
     assert names == ["counts", "mean", "second moment", "residual sums"]
     once = charges[3].sensitivity / charges[3].sigma
     assert composed([once] * charges[3].releases) == pytest.approx(charges[3].mu)
-    assert [charges[0].sensitivity, charges[1].sensitivity] == [math.sqrt(2), 2.0]
-    assert charges[3].sensitivity == 2.0
+    limits = [charges[place].sensitivity for place in (0, 1, 3)]
+    assert limits == [math.sqrt(2), 2.0, 2.0 * RESIDUAL_MAX]
 
 
 def test_a_release_follows_from_no_seed_and_leaves_global_generators_alone() -> None:
@@ -240,7 +244,7 @@ def worst_pair(name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         return class_counts(first, 2), class_counts(second, 2), math.sqrt(2.0)
     if name == "mean":
         return feature_sum(row), feature_sum(-row), 2.0
-    return *wrong_about_opposites(), 2.0
+    return *wrong_about_opposites(), 2.0 * RESIDUAL_MAX
 
 
 def audited_epsilon(
