@@ -74,3 +74,7 @@ class TrustError(CooperError):
 
 class SealError(CooperError):
     """A sealed message does not open, or is not the one that belongs in its place."""
+
+
+class EvidenceError(CooperError):
+    """A signed statement, a log or an opened commitment is not what it must be."""

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flwr_clicooper.mods.activation_dp import ActivationDPMod
+    from flwr_clicooper.mods.attestation import AttestationMod
     from flwr_clicooper.mods.seal import SealMod, passed_on
     from flwr_clicooper.mods.secret_labels import SecretLabelMod
 
 _LAZY = {
     "ActivationDPMod": "flwr_clicooper.mods.activation_dp",
+    "AttestationMod": "flwr_clicooper.mods.attestation",
     "SealMod": "flwr_clicooper.mods.seal",
     "SecretLabelMod": "flwr_clicooper.mods.secret_labels",
     "passed_on": "flwr_clicooper.mods.seal",
 }
 
-__all__ = ["ActivationDPMod", "SealMod", "SecretLabelMod", "passed_on"]
+__all__ = ["ActivationDPMod", "AttestationMod", "SealMod", "SecretLabelMod", "passed_on"]
 
 
 def __getattr__(name: str) -> Any:

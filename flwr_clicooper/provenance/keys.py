@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
     Ed25519PrivateKey,
     Ed25519PublicKey,
 )
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -189,6 +191,17 @@ class Identity:
     def public(self) -> PublicIdentity:
         """What others may know of it."""
         return PublicIdentity(self._key.public_key().public_bytes_raw())
+
+    def derive(self, purpose: str) -> bytes:
+        """Return 32 secret bytes that only this identity can make, by HKDF-SHA256.
+
+        Parameters
+        ----------
+        purpose : str
+            What they are for; other purposes give other bytes.
+        """
+        info = f"clicooper/derive/v1/{purpose}".encode()
+        return HKDF(SHA256(), 32, salt=None, info=info).derive(self._key.private_bytes_raw())
 
     def sign(self, data: bytes) -> bytes:
         """Return the signature of some bytes, 64 bytes."""

@@ -1,0 +1,1 @@
+"""Commands of ``clicooper`` that are too large for `flwr_clicooper.cli`."""
