@@ -66,6 +66,21 @@ CONTRADICTIONS: list[tuple[Callable[[Options], bool], str]] = [
         "labels to train by itself; use label-side = 'trainer'",
     ),
     (
+        lambda o: o.watermark and not o.attest,
+        "option 'attest' is false and 'watermark' is true: the key of a watermark is "
+        "committed to in attestations; use attest = true, or watermark = false",
+    ),
+    (
+        lambda o: o.audit_every > 0 and not o.attest,
+        "option 'audit-every' is set and 'attest' is false: an audit opens what attestations "
+        "commit to; use attest = true",
+    ),
+    (
+        lambda o: o.audit_every > 0 and o.schedule == "local",
+        "option 'audit-every' is set and 'schedule' is 'local': an audit repeats steps of "
+        "lockstep training; use schedule = 'lockstep', or audit-every = 0",
+    ),
+    (
         lambda o: o.schedule == "local" and o.microbatches != 1,
         "option 'microbatches' is above 1 and 'schedule' is 'local': there is no pipeline "
         "to fill; use microbatches = 1",

@@ -153,6 +153,33 @@ class Options:
         "",
         "tensors are encrypted from party to party; the relay cannot read them",
     )
+    attest: bool = _option(
+        True,
+        _FLAG,
+        "",
+        "each trainer signs what it did in each round, chained to the others' rounds; "
+        "`clicooper verify` checks it",
+    )
+    watermark: bool = _option(
+        True,
+        _FLAG,
+        "",
+        "each trainer marks its segment with a new secret key in each round; "
+        "`clicooper claim` finds the marks",
+    )
+    audit_every: int = _option(
+        0,
+        Rule("an integer >= 0", lambda v: _is_int(v) and v >= 0),
+        "steps",
+        "how often a trainer commits to its state within a round and keeps, on its own "
+        "disk, what `clicooper audit` needs to repeat those steps; 0 for never",
+    )
+    relay_key: str = _option(
+        "",
+        _OPTIONAL_PATH,
+        "",
+        "identity of the relay, as `clicooper keygen` makes it; one for this run if empty",
+    )
     link: str = _option(
         "live",
         _choice("live", "mailbox"),
@@ -258,6 +285,7 @@ class Options:
             "run-dir",
             "data-dir",
             "link",
+            "relay-key",
             "resume",
         }
         own = self.as_config().items()

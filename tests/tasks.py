@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 from flwr_clicooper import CooperStrategy, LocalGrid, SplitTask, cooper_client
 from flwr_clicooper.chain.strategy import CooperResult
+from flwr_clicooper.provenance.verify import verify_run
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:
@@ -87,7 +88,16 @@ def run_local(
     config["link"] = "mailbox"  # a LocalGrid that is not warm would wait for its own clients
     config |= {key.replace("_", "-"): value for key, value in options.items()}
     grid = grid_class(cooper_client(task), nodes(trainers), config)
-    return CooperStrategy.from_config(config).start(grid)
+    return verified(CooperStrategy.from_config(config).start(grid))
+
+
+def verified(result: CooperResult) -> CooperResult:
+    """Return a result whose evidence holds, if the run left any."""
+    assert result.run_dir is not None
+    if result.provenance:
+        failed = verify_run(result.run_dir).failed
+        assert not failed, failed
+    return result
 
 
 def step_losses(run_dir: Path) -> list[float]:

@@ -21,6 +21,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr_clicooper.chain.messages import ESCROW
 from flwr_clicooper.errors import OptionError, StateError
 from flwr_clicooper.files import write_atomically
+from flwr_clicooper.options import TASK_PREFIX
 
 FOLDER = "checkpoints"
 CLOSED = "closed.json"
@@ -68,6 +69,9 @@ class Checkpoint:
                 f"option 'resume' is {folder!r}, which is not a run's folder: it has no "
                 "readable run.toml"
             ) from error
+        own = {key for key in record["options"] if key.startswith(TASK_PREFIX)}
+        for key in sorted(own - set(options)):
+            raise OptionError(f"option {key!r} is missing, but the run to resume had it")
         for key, value in options.items():
             if record["options"].get(key) != value:
                 raise OptionError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from logging import WARNING
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,17 @@ from flwr_clicooper.privacy.sealing import Introduction, check
 from flwr_clicooper.provenance.keys import Identity, PublicIdentity, verify
 from flwr_clicooper.provenance.trust import Pins, Trust
 
+RELAY = "relay"
+_RUN_ONLY = "identity.pem"
 
-def own_identity(node_config: Mapping[str, Any]) -> Identity:
+
+def own_identity(node_config: Mapping[str, Any], folder: Path) -> Identity:
     """Return the node's identity: the one of ``identity-key``, or one for this run only.
+
+    Parameters
+    ----------
+    folder : Path
+        The node's state in the run, where an identity for this run only is kept.
 
     Raises
     ------
@@ -27,17 +34,24 @@ def own_identity(node_config: Mapping[str, Any]) -> Identity:
         ``identity-key`` is not a path, or its file is not a key that only its owner reads.
     """
     path = node_path(node_config, "identity-key")
-    return Identity.load(path) if path else Identity.new()
+    if path:
+        return Identity.load(path)
+    path = folder / _RUN_ONLY
+    if not path.exists():
+        Identity.new().save(path)
+    return Identity.load(path)
+
+
+def keep_identity(earlier: Path, folder: Path) -> None:
+    """Take over the identity for this run only that an earlier node of a party had."""
+    if (earlier / _RUN_ONLY).exists():
+        (earlier / _RUN_ONLY).rename(folder / _RUN_ONLY)
 
 
 def check_peers(
     run: str, peers: Mapping[str, tuple[int, Introduction]], context: Context
 ) -> None:
     """Refuse introductions that are not of who they must be.
-
-    With a ``trust-file``, keys must be those that it lists. Without one, a node that has
-    an ``identity-key`` keeps the keys it sees first, beside its own, and warns; a node
-    without either can only tell that everybody is the same for the length of this run.
 
     Parameters
     ----------
@@ -53,31 +67,60 @@ def check_peers(
     """
     for name, (_, introduction) in peers.items():
         check(introduction, run, name, verify)
+    check_keys(
+        {
+            name: (TRAINER if stage else OWNER, stage, PublicIdentity.parse(it.identity))
+            for name, (stage, it) in peers.items()
+        },
+        context,
+    )
+
+
+def check_keys(
+    keys: Mapping[str, tuple[str, int, PublicIdentity]],
+    context: Context,
+    *,
+    warn: bool = True,
+) -> None:
+    """Refuse keys that are not those of who they must be.
+
+    With a ``trust-file``, keys must be those that it lists. Without one, a node that has
+    an ``identity-key`` keeps the keys it sees first, beside its own, and warns; a node
+    without either can only tell that everybody is the same for the length of this run.
+    The relay's key, which may be new in each run, counts only where a trust file lists one.
+
+    Parameters
+    ----------
+    keys : mapping
+        Role, stage (0 for all but trainers) and key, by party name.
+    warn : bool
+        Whether to warn of keys that nobody vouches for.
+
+    Raises
+    ------
+    TrustError
+        A key is not the one that must be there.
+    """
     config = context.node_config
     trust_file, own = node_path(config, "trust-file"), node_path(config, "identity-key")
-    is_new = partial(_is_new, trust=Trust.load(trust_file) if trust_file else None, own=own)
-    new = [name for name, (stage, it) in peers.items() if is_new(stage, it)]
-    if new and not role_of(config).simulated:
-        log(WARNING, "%s", _warning(new, peers, kept=own is not None))
+    if trust_file is not None:
+        trust = Trust.load(trust_file)
+        for role, stage, key in keys.values():
+            if role != RELAY or any(party.role == RELAY for party in trust.parties):
+                trust.expect(role, stage, key)
+        return
+    pins = Pins(own.with_name(f"{own.name}.pins")) if own else None
+    new = {
+        name: place[2]
+        for name, place in keys.items()
+        if place[0] != RELAY and (pins is None or pins.check(*place))
+    }
+    if new and warn and not role_of(config).simulated:
+        log(WARNING, "%s", _warning(new, kept=own is not None))
 
 
-def _is_new(
-    stage: int, introduction: Introduction, *, trust: Trust | None, own: Path | None
-) -> bool:
-    """Return whether a key is new here; raise if it may not be there."""
-    role, key = (TRAINER if stage else OWNER), PublicIdentity.parse(introduction.identity)
-    if trust is not None:
-        trust.expect(role, stage, key)
-        return False
-    return own is None or Pins(own.with_name(f"{own.name}.pins")).check(role, stage, key)
-
-
-def _warning(
-    new: list[str], peers: Mapping[str, tuple[int, Introduction]], *, kept: bool
-) -> str:
-    known = [
-        f"{name} {PublicIdentity.parse(peers[name][1].identity).fingerprint}" for name in new
-    ]
+def _warning(new: Mapping[str, PublicIdentity], *, kept: bool) -> str:
+    known = [f"{name} {key.fingerprint}" for name, key in new.items()]
     after = "They are kept, and others will be refused." if kept else ""
     return (
         f"no trust-file says who the others are; taken as they came: {', '.join(known)}. A "

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from flwr_clicooper.chain.roles import run_folder
+from flwr_clicooper.chain.roles import OWN_FOLDER, run_folder
 from flwr_clicooper.chain.stage import Stage
 from flwr_clicooper.errors import StateError
 from flwr_clicooper.files import write_atomically
@@ -34,7 +34,7 @@ class OwnCheckpoints:
     @classmethod
     def of(cls, options: Options, run_id: int | str) -> OwnCheckpoints:
         """Return the owner's checkpoints of a run on this machine."""
-        return cls(run_folder(options, run_id) / "owner-checkpoints")
+        return cls(run_folder(options, run_id) / OWN_FOLDER)
 
     def delete(self) -> None:
         """Delete them: the run is delivered."""

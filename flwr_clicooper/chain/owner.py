@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import partial
 from typing import Any
@@ -40,6 +41,7 @@ from flwr_clicooper.chain.own_checkpoints import OwnCheckpoints
 from flwr_clicooper.chain.owner_data import OwnerData
 from flwr_clicooper.chain.owner_labels import OwnerLabels, label_key
 from flwr_clicooper.chain.owner_release import OwnerRelease, bound_of
+from flwr_clicooper.chain.owner_statements import OwnerStatements
 from flwr_clicooper.chain.privacy_statement import statement_of
 from flwr_clicooper.chain.private_head import check_per_record, check_random, check_specs
 from flwr_clicooper.chain.records import Indices, all_rows
@@ -56,6 +58,7 @@ from flwr_clicooper.errors import (
 )
 from flwr_clicooper.grids.tensors import decode, decode_places, encode_places
 from flwr_clicooper.privacy.class_scores import ClassScores
+from flwr_clicooper.provenance.attestation import canonical
 from flwr_clicooper.split.batches import Position
 from flwr_clicooper.split.modules import keeping_modes, load_weights
 from flwr_clicooper.split.specs import (
@@ -106,6 +109,9 @@ class Owner(Worker):
         self.head = self.segments[0]
         self.release = self._release()
         self.stages = self._trained_stages()
+        if session.options.attest:
+            self.statements = OwnerStatements(session.context, store.folder, 0)
+            self.attestor = self.statements
 
     def _with_scores(self) -> None:
         """With `class-scores`, end the head with them."""
@@ -195,16 +201,30 @@ class Owner(Worker):
                 f"this one gives {self.scores}"
             )
         self.changes["head"] = self.head.state_dict()
+        nonce = {"nonce": self.statements.nonce} if self.attestor else {}
         return {
+            **nonce,
             "records": self.train.records,
             "held-out-records": self.test.records,
             "segments": len(self.segments),
             "scores": str(self.scores),
             "labels": str(self.label_spec),
             "chunk-records": self.release.chunk_records,
-            "privacy": json.dumps(statement_of(self.release, self.release.allowed).as_json()),
+            "privacy": json.dumps(self._privacy(self.release.allowed)),
             **{f"cut-{i}": [str(s) for s in specs] for i, specs in enumerate(self.specs)},
         }, {}
+
+    def agreed(self) -> dict[str, Any]:
+        """Return what the job must say, as the owner knows it, by field."""
+        privacy = canonical(self._privacy(self.release.allowed))
+        return super().agreed() | {
+            "nonce": self.statements.nonce,
+            "cuts": tuple(tuple(map(str, cut)) for cut in self.specs),
+            "subject": hashlib.sha256(privacy).hexdigest(),
+        }
+
+    def _privacy(self, made: int) -> dict[str, Any]:
+        return statement_of(self.release, made).as_json()
 
     def load(self) -> None:
         """Set head, tail and optimizers to what the store has."""
@@ -227,10 +247,12 @@ class Owner(Worker):
                 own = OwnCheckpoints.of(self.session.options, self.session.context.run_id)
                 own.close(header.get("round", int), self.stages)
                 return {}, {}
+            case Action.AGREE:
+                return {"job": self.statements.agree(header, self.agreed())}, {}
             case Action.COLLECT:
                 return self._collect(header, message)
             case Action.EVALUATE:
-                return self._evaluate()
+                return self._evaluate(header)
         raise MessageError(f"the owner does not answer {action}")
 
     def _rehearse(self) -> None:
@@ -362,7 +384,8 @@ class Owner(Worker):
         if not 1 <= index <= self.setup["trainers"]:
             raise MessageError(f"no trainer delivers segment {index}")
         weights = decode(array_record(message, WEIGHTS), f"segment {index}")
-        if digest(weights) != header.get("digest", str):
+        found = digest(weights)
+        if found != header.get("digest", str):
             raise DeliveryError(
                 f"segment {index} did not arrive as trainer {index} sent it: its SHA-256 "
                 "is not the one that the trainer gave"
@@ -370,9 +393,11 @@ class Owner(Worker):
         load_weights(self.segments[index], weights, f"delivered segment {index}")
         check_finite(weights, f"segment {index} of trainer {index}")
         self.changes[f"delivered-{index}"] = weights
-        return {}, {}
+        if self.attestor is None:
+            return {}, {}
+        return self.statements.collect(header, message, weights, found), {}
 
-    def _evaluate(self) -> Reply:
+    def _evaluate(self, header: Header) -> Reply:
         """Assemble the model, save it, and measure it on the held-out set."""
         for index in range(1, self.setup["trainers"] + 1):
             weights = self.store.read(f"delivered-{index}")
@@ -389,11 +414,10 @@ class Owner(Worker):
             sums = self._measure(model, inputs, self.labels.checked(labels, "held-out"))
             loss, correct = loss + sums[0], correct + sums[1]
         task, records = self.session.task, self.test.records
-        accuracy = {"accuracy": correct / records} if task.measures_accuracy else {}
-        privacy = statement_of(self.release, self.release.store.made("activations"))
-        return {
-            **accuracy,
-            "loss": loss / records,
-            "model": str(path),
-            "privacy": json.dumps(privacy.as_json()),
-        }, {}
+        metrics = {"accuracy": correct / records} if task.measures_accuracy else {}
+        metrics["loss"] = loss / records
+        privacy = self._privacy(self.release.store.made("activations"))
+        fields = {**metrics, "model": str(path), "privacy": json.dumps(privacy)}
+        if self.attestor is not None:
+            fields["delivery"] = self.statements.deliver(header, path, metrics, privacy)
+        return fields, {}

@@ -14,12 +14,14 @@ from flwr.serverapp import Grid
 from flwr_clicooper.chain.checkpoint import Checkpoint
 from flwr_clicooper.chain.messages import (
     ESCROW,
+    IDENTITY,
     INTRODUCTION,
     INTRODUCTIONS,
     WEIGHTS,
     Action,
     Header,
 )
+from flwr_clicooper.chain.notary import Notary, Terms
 from flwr_clicooper.chain.pipeline import Pipeline, Seat
 from flwr_clicooper.chain.progress import StepProgress, size
 from flwr_clicooper.chain.relay import Records, Relay, required
@@ -48,6 +50,8 @@ class ChainRun:
         Who is who.
     folder : RunFolder
         Where to write what happens.
+    notary : Notary, optional
+        Collects what the parties sign, with the option `attest`.
     """
 
     def __init__(
@@ -56,10 +60,12 @@ class ChainRun:
         options: Options,
         roster: Roster,
         folder: RunFolder,
+        notary: Notary | None = None,
     ) -> None:
         self.grid = grid
         self.options = options
         self.folder = folder
+        self.notary = notary
         self.checkpoint = Checkpoint(folder.path)
         self.rounds = options.num_rounds
         self.roster = roster
@@ -97,6 +103,7 @@ class ChainRun:
         self._initial = initial_arrays
         facts = self._set_up_owner()
         introductions = [facts.optional(INTRODUCTION, "")]
+        keys = [facts.optional(IDENTITY, "")]
         self.records = facts.get("records", int)
         chunk_records = facts.get("chunk-records", int)
         chunks = -(-self.records // chunk_records)
@@ -128,6 +135,7 @@ class ChainRun:
             records = _initial(initial_arrays, [stage])
             reply, _ = self.relay.ask(node_id, Action.SETUP, fields, records, persist=True)
             introductions.append(reply.optional(INTRODUCTION, ""))
+            keys.append(reply.optional(IDENTITY, ""))
             log(
                 INFO,
                 "\t%s: segment %d, %s parameters, gives %s",
@@ -139,6 +147,10 @@ class ChainRun:
         self._introduce(introductions)
         if start.round:
             self._restore(start)
+        if self.notary is not None:
+            nonce = facts.get("nonce", str)
+            terms = Terms(start.round, self.records, cuts, nonce, self.privacy, keys)
+            self.notary.agree(self.relay, self.owner, self.trainers, terms)
         if self.options.label_side == "trainer":
             takers = ", ".join(self.relay.names[n] for n in self.transfers.label_takers)
             log(INFO, "\tlabels go to %s", takers)
@@ -224,6 +236,8 @@ class ChainRun:
         for stage, node_id in enumerate(self.trainers, start=1):
             _, records = replies[node_id]
             parts[stage] = required(records, ESCROW, self.relay.names[node_id])
+        if self.notary is not None:
+            self.notary.close_round(self.relay, self.trainers, round_)
         self.checkpoint.close(round_, parts)
 
     def _lockstep_round(self, round_: int) -> float:
@@ -290,10 +304,15 @@ class ChainRun:
             weights = required(given, WEIGHTS, self.relay.names[node_id])
             self.relay.count(node_id, self.owner, weights)
             fields = {"segment": stage, "digest": header.get("digest", str)}
-            self.relay.ask(
-                self.owner, Action.COLLECT, fields, {WEIGHTS: weights}, persist=True
-            )
-        header, _ = self.relay.ask(self.owner, Action.EVALUATE, {})
+            if self.notary is not None:
+                fields |= self.notary.for_collection(stage)
+            taken, _ = self.relay.ask(self.owner, Action.COLLECT, fields, given, persist=True)
+            if self.notary is not None:
+                self.notary.countersigned(stage, taken)
+        fields = self.notary.for_delivery(self.owner) if self.notary else {}
+        header, _ = self.relay.ask(self.owner, Action.EVALUATE, fields)
+        if self.notary is not None:
+            self.notary.delivered(header)
         metrics = {
             name: header.get(name, float) for name in ("accuracy", "loss") if name in header
         }
@@ -317,6 +336,8 @@ class ChainRun:
         self.names[found] = f"owner (node {found})"
         facts = self._set_up_owner(replaces=was)
         self._introduce([facts.optional(INTRODUCTION, ""), *self._introductions[1:]])
+        if self.notary is not None:
+            self.notary.agree_again(self.relay, self.owner)
 
     def finish(self) -> None:
         """Let every party delete its state of the run.

@@ -135,7 +135,13 @@ class Relay:
         self, node_ids: list[int], action: Action, fields: Mapping[str, Any]
     ) -> dict[int, tuple[Header, Records]]:
         """Send the same instruction to several nodes at once; return the replies by node."""
-        sent = {self.send(n, action, fields, persist=True): n for n in node_ids}
+        return self.ask_each(action, dict.fromkeys(node_ids, fields))
+
+    def ask_each(
+        self, action: Action, fields: Mapping[int, Mapping[str, Any]]
+    ) -> dict[int, tuple[Header, Records]]:
+        """Send each node its own instruction, all at once; return the replies by node."""
+        sent = {self.send(n, action, own, persist=True): n for n, own in fields.items()}
         found: dict[int, tuple[Header, Records]] = {}
         while len(found) < len(sent):
             for message_id, header, records in self.receive():

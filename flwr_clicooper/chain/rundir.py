@@ -18,6 +18,7 @@ from flwr_clicooper.files import write_atomically
 RUN_FILE = "run.toml"
 METRICS_FILE = "metrics.jsonl"
 PRIVACY_FILE = "privacy.json"
+FILES = (RUN_FILE, METRICS_FILE, PRIVACY_FILE)
 _PACKAGES = ("flwr", "flwr-clicooper", "numpy", "safetensors", "torch")
 
 

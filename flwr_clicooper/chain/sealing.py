@@ -25,13 +25,14 @@ from flwr_clicooper.chain.messages import (
     INTRODUCTION,
     INTRODUCTIONS,
     LABELS,
+    WATERMARK_KEY,
     WEIGHTS,
     Action,
     Header,
     answer,
     array_record,
 )
-from flwr_clicooper.chain.roles import OWNER, run_folder, state_folder
+from flwr_clicooper.chain.roles import OWN_FOLDER, OWNER, run_folder, state_folder
 from flwr_clicooper.errors import SealError, StateError
 from flwr_clicooper.files import write_atomically
 from flwr_clicooper.mods.sealed_records import RecordSealer
@@ -40,6 +41,7 @@ from flwr_clicooper.privacy.sealing import Introduction, KeyRing, Order, introdu
 
 FILE = "seal.json"
 _POSITION = ("round", "step", "microbatch", "release", "chunk")
+_BETWEEN_TRAINER_AND_OWNER = frozenset({ESCROW, WEIGHTS, WATERMARK_KEY})
 _AT_REST = frozenset({ESCROW})
 """Records that may be opened later, and more than once."""
 _OPEN = frozenset({Action.HELLO, Action.LIVE, Action.FINISH})
@@ -74,7 +76,7 @@ class Sealer:
 
     def receivers(self, name: str, segment: int) -> list[str]:
         """Return who gets a record that a segment's holder sends."""
-        if name in (ESCROW, WEIGHTS):
+        if name in _BETWEEN_TRAINER_AND_OWNER:
             return [OWNER]
         if name == LABELS:
             first = 1 if self.to_all else self.trainers
@@ -84,7 +86,7 @@ class Sealer:
 
     def sender(self, name: str, segment: int) -> str:
         """Return who must have sent a record that a segment's holder gets."""
-        if name in (ESCROW, WEIGHTS):
+        if name in _BETWEEN_TRAINER_AND_OWNER:
             return party(segment, self.trainers) if self.stage == 0 else OWNER
         if name == LABELS:
             return OWNER
@@ -186,7 +188,7 @@ def seal_mod(message: Message, context: Context, call_next: ClientAppCallable) -
     folder = state_folder(options, context, context.run_id, context.node_id)
     if action is Action.SETUP:
         reply = call_next(message, context)
-        sealer = _introduced(header, context, options)
+        sealer = _introduced(header, context, options, folder)
         if HEADER in reply.content.config_records:  # else the relay says what is missing
             reply.content.config_records[HEADER][INTRODUCTION] = (
                 sealer.records.ring.own.to_json()
@@ -216,11 +218,11 @@ def _through(
     return reply
 
 
-def _introduced(header: Header, context: Context, options: Options) -> Sealer:
+def _introduced(header: Header, context: Context, options: Options, folder: Path) -> Sealer:
     """Return the keys of a party that has just been set up; it knows nobody yet."""
     trainers = header.get("trainers", int)
     stage = header.optional("stage", 0)
-    identity = own_identity(context.node_config)
+    identity = own_identity(context.node_config, folder)
     own, private = introduce(
         str(context.run_id), party(stage, trainers), str(identity.public), identity.sign
     )
@@ -271,7 +273,7 @@ def _reseal(sealer: Sealer, message: Message, options: Options) -> Message:
 
 def _rings(options: Options, run_id: str) -> Path:
     """Return where the owner keeps the keys to what trainers escrow; gone after delivery."""
-    return run_folder(options, run_id) / "owner-checkpoints"
+    return run_folder(options, run_id) / OWN_FOLDER
 
 
 def _newest(key: tuple[int, int], folder: Path, *, persisted: bool) -> Sealer:

@@ -7,7 +7,8 @@ import time
 
 from flwr.app import Context, Message
 
-from flwr_clicooper.chain.messages import Action, Header, answer
+from flwr_clicooper.chain.identity import keep_identity
+from flwr_clicooper.chain.messages import IDENTITY, Action, Header, answer
 from flwr_clicooper.chain.own_checkpoints import OwnCheckpoints
 from flwr_clicooper.chain.owner import Owner
 from flwr_clicooper.chain.release_store import ReleaseStore
@@ -19,10 +20,12 @@ from flwr_clicooper.errors import MessageError, OptionError
 from flwr_clicooper.task import SplitTask
 
 # These read the state; all others change it, and so its version.
-_READING = frozenset({Action.RELEASE, Action.OUTPUTS, Action.DELIVER, Action.EVALUATE})
+_READING = frozenset({Action.RELEASE, Action.DELIVER, Action.EVALUATE})
 
 # After these the state must survive a power cut, not only the end of the process.
-_DURABLE = frozenset({Action.SETUP, Action.UPLOAD, Action.CLOSE_ROUND})
+_DURABLE = frozenset(
+    {Action.SETUP, Action.AGREE, Action.UPLOAD, Action.CLOSE_ROUND, Action.ATTEST}
+)
 
 CACHE: WorkerCache[Worker] = WorkerCache()
 
@@ -54,6 +57,9 @@ def serve(task: SplitTask, action: Action, message: Message, context: Context) -
     else:
         worker = CACHE.take(session.key, version, lambda: _load(session, version))
         reply = worker.handle(action, header, message)
+        if worker.attestor is not None:
+            worker.attestor.note(action, header, message, reply[1])
+            worker.attestor.kept.seconds += time.perf_counter() - started
     if action not in _READING:
         version += 1
         if header.get("persist", bool):
@@ -71,15 +77,19 @@ def _set_up(session: Session, header: Header, message: Message) -> tuple[Worker,
     # What a lost run, or this party as an earlier node of the run, left on this disk.
     if "resume-run" in header:
         session.store(header.get("resume-run", str)).remove()
-    if "replaces" in header:
-        session.store(node_id=header.get("replaces", int)).remove()
     store = session.store()
     store.create()
+    if "replaces" in header:
+        earlier = session.store(node_id=header.get("replaces", int))
+        keep_identity(earlier.folder, store.folder)
+        earlier.remove()
     CACHE.revive(session.key)
     worker = _worker_class(session)(session, store, header.as_dict())
     reply = worker.start(message)
     for stage in worker.stages:
         worker.changes |= stage.whole()
+    if worker.attestor is not None:
+        reply[0][IDENTITY] = str(worker.attestor.identity.public)
     return worker, reply
 
 

@@ -19,7 +19,7 @@ from flwr_clicooper.split.batches import BatchPlan, Position
 from flwr_clicooper.split.segment import Flight, Loss, Segment
 from flwr_clicooper.split.specs import Tensors, TensorSpec, check_tensor, check_tensors
 
-_REST = "optimizer-rest"
+OPTIMIZER_REST = "optimizer-rest"
 Changes = dict[str, Mapping[str, Tensor] | None]
 Refetch = Callable[[Position], Tensors]
 
@@ -45,6 +45,10 @@ class Stage:
     refetch : callable or None
         Where the inputs come from when no message brings them; they are then not
         stored with a flight.
+    before_step : callable or None
+        Called with the gradients of a batch in place.
+    steps, records : int
+        Optimizer steps, and records in them, since `take_work`.
     changes : dict
         Parts of the state that changed since the last `take_changes`.
     optimizer_rest : str
@@ -59,6 +63,9 @@ class Stage:
     input_grads: bool
     lr_factor: Callable[[Position], float]
     refetch: Refetch | None = None
+    before_step: Callable[[Position], None] | None = None
+    steps: int = 0
+    records: int = 0
     changes: Changes = field(default_factory=dict)
     optimizer_rest: str = "null"
 
@@ -151,7 +158,11 @@ class Stage:
     def _finish(self, at: Position, *, persist: bool) -> None:
         """Step after a batch's last backward pass, which is in order of micro-batches."""
         if at.microbatch == self.plan.parts(at.step) - 1:
+            if self.before_step is not None:
+                self.before_step(at)
             self.segment.step(self.lr_factor(at))
+            self.steps += 1
+            self.records += self.plan.batch_records(at.step)
             if persist:
                 self.changes |= self.whole()
         elif persist:
@@ -176,7 +187,8 @@ class Stage:
         tensors, rest = self.segment.optimizer_state()
         found = {f"weights/{k}": v for k, v in self.segment.tensors().items()}
         found |= {f"optimizer/{k}": v for k, v in tensors.items()}
-        return found | {_REST: torch.frombuffer(bytearray(rest.encode()), dtype=torch.uint8)}
+        data = torch.frombuffer(bytearray(rest.encode()), dtype=torch.uint8)
+        return found | {OPTIMIZER_REST: data}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Set what `escrow` gave.
@@ -192,11 +204,16 @@ class Stage:
             raise MessageError(
                 f"segment {self.segment.index}: the checkpoint is of another segment"
             )
-        if _REST not in tensors:
+        if OPTIMIZER_REST not in tensors:
             raise MessageError(f"segment {self.segment.index}: the checkpoint is not whole")
-        rest = bytes(tensors[_REST].numpy()).decode()
+        rest = bytes(tensors[OPTIMIZER_REST].numpy()).decode()
         self.segment.load_tensors(weights)
         self.segment.load_optimizer_state(_own(_under("optimizer/", tensors)), rest)
+
+    def take_work(self) -> tuple[int, int]:
+        """Return and forget how many optimizer steps were made, and on how many records."""
+        done, self.steps, self.records = (self.steps, self.records), 0, 0
+        return done
 
     def take_changes(self) -> Changes:
         """Return and forget what changed."""
@@ -205,13 +222,15 @@ class Stage:
 
     def facts(self) -> dict[str, Any]:
         """Return the part of the state that is JSON."""
-        return {f"{self.name}-optimizer": self.optimizer_rest}
+        work = [self.steps, self.records]
+        return {f"{self.name}-optimizer": self.optimizer_rest, f"{self.name}-work": work}
 
     def load(self, store: StateStore, facts: Mapping[str, Any]) -> None:
         """Set the segment to what the store has, in the middle of a batch too."""
         segment, parts = self.segment, store.manifest.parts
         segment.load_tensors(store.read(f"{self.name}-weights"))
         self.optimizer_rest = facts[f"{self.name}-optimizer"]
+        self.steps, self.records = facts[f"{self.name}-work"]
         segment.load_optimizer_state(
             _own(store.read(f"{self.name}-optimizer")), self.optimizer_rest
         )

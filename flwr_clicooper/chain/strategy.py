@@ -16,12 +16,13 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from flwr_clicooper.chain.checkpoint import Checkpoint
 from flwr_clicooper.chain.linking import link_up
+from flwr_clicooper.chain.notary import Notary
 from flwr_clicooper.chain.phases import ChainRun
 from flwr_clicooper.chain.progress import size
 from flwr_clicooper.chain.recovery import Recovery
 from flwr_clicooper.chain.roles import run_folder
 from flwr_clicooper.chain.roster import Roster, discover
-from flwr_clicooper.chain.rundir import RunFolder
+from flwr_clicooper.chain.rundir import FILES, RunFolder
 from flwr_clicooper.errors import ClientError, CooperError, OptionError
 from flwr_clicooper.options import TASK_PREFIX, Options
 
@@ -36,12 +37,15 @@ class CooperResult(Result):
         The run's folder on the relay's machine.
     privacy : dict
         The privacy statement, as in ``privacy.json``; ``"words"`` has it in words.
+    provenance : dict
+        Number of signed statements and, in hex, the root of their log.
     model : str
         Path of the delivered model on the owner's machine.
     """
 
     run_dir: Path | None = None
     privacy: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     model: str = ""
 
 
@@ -129,22 +133,29 @@ class CooperStrategy(Strategy):
             num_rounds=self.options.num_rounds if num_rounds is None else num_rounds,
             timeout=self.options.timeout if timeout is None else timeout,
         )
-        run_id = grid.run.run_id
+        run_id, notary = grid.run.run_id, None
         config = options.as_config()
         folder = RunFolder(run_folder(options, run_id), run_id, config | self.task_options)
         try:
             _log_options(config | self.task_options)
-            start = _starting_point(options, folder)
+            start = _starting_point(options, self.task_options, folder)
+            notary = _notary(options, self.task_options, folder, start)
             roster = discover(grid, options.timeout, lambda text: log(INFO, text))
-            result = self._train(grid, options, roster, folder, start, initial_arrays)
+            result = self._train(grid, options, roster, folder, notary, start, initial_arrays)
         except BaseException as error:
             reason = str(error) if isinstance(error, CooperError) else type(error).__name__
             folder.close("failed", error=reason)
+            if notary is not None:
+                notary.close(FILES)
             log(ERROR, "the run failed: %s", reason)
             if closed := Checkpoint(folder.path).round:
                 log(INFO, "To go on after round %d: resume = '%s'", closed, folder.path)
             raise
         folder.close("completed")
+        if notary is not None:
+            notary.close(FILES)
+            result.provenance = notary.summary()
+            log(INFO, "To check what was signed: clicooper verify %s", folder.path)
         return result
 
     def _train(
@@ -153,6 +164,7 @@ class CooperStrategy(Strategy):
         options: Options,
         roster: Roster,
         folder: RunFolder,
+        notary: Notary | None,
         start: Checkpoint,
         initial_arrays: ArrayRecord | None,
     ) -> CooperResult:
@@ -161,7 +173,7 @@ class CooperStrategy(Strategy):
         recovery = Recovery(grid, roster, folder)
         while True:
             live = link_up(grid, options, roster.names())
-            run = ChainRun(live or grid, options, roster, folder)
+            run = ChainRun(live or grid, options, roster, folder, notary)
             try:
                 try:
                     self._run(run, start, initial_arrays, result)
@@ -249,15 +261,29 @@ class CooperStrategy(Strategy):
         _not_used()
 
 
-def _starting_point(options: Options, folder: RunFolder) -> Checkpoint:
+def _starting_point(
+    options: Options, task: Mapping[str, Any], folder: RunFolder
+) -> Checkpoint:
     """Return the closed round to start from: an earlier run's, or none."""
     if not options.resume:
         return Checkpoint(folder.path)
-    must_agree = options.agreed() | {"num-rounds": options.num_rounds}
+    must_agree = options.agreed() | {"num-rounds": options.num_rounds} | dict(task)
     start = Checkpoint.of_run(options.resume, must_agree)
     log(INFO, "Resuming run %s after round %d", start.run_id, start.round)
     folder.note("resume", run=start.run_id, after=start.round)
     return start
+
+
+def _notary(
+    options: Options, task: Mapping[str, Any], folder: RunFolder, start: Checkpoint
+) -> Notary | None:
+    """Return what collects the parties' statements, if they are to make any."""
+    if not options.attest:
+        return None
+    notary = Notary.of(folder.path, options, task)
+    if start.round:
+        notary.take_over(Path(options.resume).expanduser().absolute(), start.round)
+    return notary
 
 
 def _log_options(config: Mapping[str, Any]) -> None:

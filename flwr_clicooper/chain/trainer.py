@@ -17,11 +17,13 @@ from flwr_clicooper.chain.build import (
     trainers_for,
 )
 from flwr_clicooper.chain.delivered import digest
+from flwr_clicooper.chain.marking import Marking
 from flwr_clicooper.chain.messages import (
     ACTIVATIONS,
     ESCROW,
     GRADIENTS,
     LABELS,
+    WATERMARK_KEY,
     WEIGHTS,
     Action,
     Header,
@@ -30,6 +32,7 @@ from flwr_clicooper.chain.messages import (
 from flwr_clicooper.chain.records import check_labels
 from flwr_clicooper.chain.stage import Changes, Stage, parse_specs, position_of
 from flwr_clicooper.chain.state import StateStore
+from flwr_clicooper.chain.trainer_statements import TrainerStatements, Work
 from flwr_clicooper.chain.uploads import Uploads
 from flwr_clicooper.chain.worker import Reply, Session, Worker, initial_weights
 from flwr_clicooper.errors import MessageError, SplitError
@@ -80,6 +83,11 @@ class Trainer(Worker):
             refetch=self._stored_inputs if stored_inputs else None,
         )
         self.stages = [self.stage]
+        if options.attest:
+            self.statements = TrainerStatements(session.context, store.folder, self.index)
+            self.attestor = self.statements
+        self.marking = Marking(self.module, wanted=options.watermark)
+        self.stage.before_step = self._before_step
 
     def _own_segment(self) -> torch.nn.Module:
         segments = build_segments(self.session.task, self.session.config)
@@ -119,9 +127,15 @@ class Trainer(Worker):
                 return self._local_epoch(header.get("round", int))
             case Action.OUTPUTS:
                 return self._outputs(header.get("chunk", int))
+            case Action.AGREE:
+                return self._agree(header), {}
             case Action.CLOSE_ROUND:
+                self._note_state(Position(header.get("round", int), self.plan.steps, 0))
+                self.marking.complete()
                 self.changes |= self.stage.whole()
                 return {}, {ESCROW: encode(self.stage.escrow())}
+            case Action.ATTEST:
+                return self._attest(header), {}
             case Action.RESTORE:
                 what = f"{self.who}: checkpoint"
                 self.stage.restore(decode(array_record(message, ESCROW), what))
@@ -129,8 +143,47 @@ class Trainer(Worker):
                 return {}, {}
             case Action.DELIVER:
                 weights = self.module.state_dict()
-                return {"digest": digest(weights)}, {WEIGHTS: encode(weights)}
+                records = {WEIGHTS: encode(weights)}
+                if self.attestor is not None and (key := self.attestor.kept.disclosed):
+                    data = torch.frombuffer(bytearray.fromhex(key), dtype=torch.uint8)
+                    records[WATERMARK_KEY] = encode({"key": data})
+                return {"digest": digest(weights)}, records
         raise MessageError(f"a trainer does not answer {action}")
+
+    # -- what is signed ----------------------------------------------------------
+
+    def _agree(self, header: Header) -> dict[str, Any]:
+        work = Work(self._digest(), skipped=self.marking.skipped)
+        signed = self.statements.start(header, self.agreed(), work)
+        self.marking.use(self.statements.kept.key)
+        return signed
+
+    def _attest(self, header: Header) -> dict[str, Any]:
+        bits, matches = self.marking.found()
+        work = Work(
+            self._digest(), *self.stage.take_work(), bits, matches, self.marking.skipped
+        )
+        signed = self.statements.finish_round(header, work)
+        self.marking.use(self.statements.kept.key)
+        return signed
+
+    def _digest(self) -> str:
+        return digest(self.module.state_dict())
+
+    def _note_state(self, at: Position) -> None:
+        """Commit to the state before a step from which, or up to which, an audit repeats."""
+        every = self.session.options.audit_every
+        if every and (at.step % every == 0 or at.step == self.plan.steps):
+            self.statements.note_state(at, self.stage.escrow())
+
+    def _before_step(self, at: Position) -> None:
+        self.marking.before_step(at.step)
+
+    def load(self) -> None:
+        """Set segment, optimizer and the round's watermark to what the store has."""
+        super().load()
+        if self.attestor is not None:
+            self.marking.use(self.attestor.kept.key)
 
     def _upload(self, header: Header, message: Message) -> Changes:
         parts = self.uploads.accept(header, message)
@@ -142,6 +195,8 @@ class Trainer(Worker):
     # -- lockstep ----------------------------------------------------------------
 
     def _forward(self, at: Position, message: Message, *, persist: bool) -> Reply:
+        if at.microbatch == 0:  # before BatchNorm and the like change with the first pass
+            self._note_state(at)
         inputs: dict[int, Tensor] = {}
         if self.stage.refetch is None:
             what = f"{self.who}: activations at {at}"

@@ -11,13 +11,14 @@ import torch
 from flwr.app import ArrayRecord, Context, Message
 from torch import nn
 
+from flwr_clicooper.chain.attestor import STREAMS, Attestor
 from flwr_clicooper.chain.build import build_optimizer, device_of
 from flwr_clicooper.chain.messages import WEIGHTS, Action, Header
 from flwr_clicooper.chain.roles import Role, role_of, state_folder
 from flwr_clicooper.chain.stage import Changes, Stage
 from flwr_clicooper.chain.state import StateStore
 from flwr_clicooper.grids.tensors import decode
-from flwr_clicooper.options import Options, task_config
+from flwr_clicooper.options import TASK_PREFIX, Options, task_config
 from flwr_clicooper.split.batches import BatchPlan, Position
 from flwr_clicooper.split.modules import keeping_modes
 from flwr_clicooper.split.segment import Segment
@@ -92,6 +93,7 @@ class Worker(ABC):
         self.stages: list[Stage] = []
         self.plan: BatchPlan
         self.changes: Changes = {}
+        self.attestor: Attestor | None = None
 
     @abstractmethod
     def handle(self, action: Action, header: Header, message: Message) -> Reply:
@@ -101,11 +103,23 @@ class Worker(ABC):
     def start(self, message: Message) -> Reply:
         """Check and build everything at setup; the first state is stored after it."""
 
+    def agreed(self) -> dict[str, Any]:
+        """Return what the job must say, as this party knows it, by field."""
+        own = self.session.context.run_config.items()
+        return {
+            "options": self.session.options.agreed(),
+            "task": {k: v for k, v in own if k.startswith(TASK_PREFIX)},
+            "rounds": self.setup["rounds"],
+            "records": self.plan.records,
+        }
+
     def facts(self) -> dict[str, Any]:
         """Return what the state's manifest keeps."""
         facts: dict[str, Any] = {"setup": self.setup}
         for stage in self.stages:
             facts |= stage.facts()
+        if self.attestor is not None:
+            facts |= self.attestor.facts()
         return facts
 
     def outputs_of(self, module: nn.Module, inputs: Tensors) -> Tensors:
@@ -140,14 +154,20 @@ class Worker(ABC):
 
     def load(self) -> None:
         """Set the stages to what the store has."""
+        manifest = self.store.manifest
         for stage in self.stages:
-            stage.load(self.store, self.store.manifest.facts)
+            stage.load(self.store, manifest.facts)
+        if self.attestor is not None:
+            parts = [part for part in manifest.parts if part.startswith(STREAMS)]
+            self.attestor.load(manifest.facts, {p: self.store.read(p) for p in parts})
 
     def commit(self, version: int, *, durable: bool) -> None:
         """Write what changed."""
         changes, self.changes = self.changes, {}
         for stage in self.stages:
             changes |= stage.take_changes()
+        if self.attestor is not None:
+            changes |= self.attestor.take_changes()
         self.store.commit(version, changes, self.facts(), durable=durable)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -121,3 +121,20 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     fields = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, fields)
     return stream.getvalue()
+
+
+def raw_arrays(record: ArrayRecord) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:
+    """Yield name, dtype, shape and row-major little-endian bytes of a record's arrays.
+
+    Nothing is copied.
+
+    Raises
+    ------
+    MessageError
+        As `decode`.
+    """
+    for name, array in record.items():
+        shape = tuple(array.shape)
+        decode_tensor(array, repr(name))
+        head = _npy_header(array.dtype, shape) if array.stype == NPY else b""
+        yield name, array.dtype, shape, memoryview(array.data)[len(head) :]

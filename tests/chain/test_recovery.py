@@ -23,7 +23,7 @@ from flwr_clicooper.errors import (
     OptionError,
     StateError,
 )
-from tests.tasks import ConvTask, nodes, run_local
+from tests.tasks import ConvTask, nodes, run_local, verified
 from tests.test_exactness import task_for
 
 Notes = list[dict[str, Any]]
@@ -75,7 +75,7 @@ def run(
         | {k.replace("_", "-"): v for k, v in options.items()}
     )
     grid = LocalGrid(cooper_client(task, mods=mods), nodes(2, standbys), config)
-    return CooperStrategy.from_config(config).start(grid)
+    return verified(CooperStrategy.from_config(config).start(grid))
 
 
 def weights(result: CooperResult, task: ConvTask) -> dict[str, torch.Tensor]:
@@ -109,6 +109,8 @@ def test_a_standby_takes_over_and_the_result_is_the_same(
     text = (result.run_dir / "metrics.jsonl").read_text()
     assert f'"kind": "hand-over", "lost": 103, "standby": 104, "after": {round_ - 1}' in text
     assert {p.name for p in result.run_dir.iterdir()} == {
+        "attestations.jsonl",
+        "log.json",
         "run.toml",
         "metrics.jsonl",
         "privacy.json",

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from flwr_clicooper import CooperStrategy, LocalGrid, SplitTask, cooper_client, load_delivered
 from flwr_clicooper.chain.serve import CACHE
 from flwr_clicooper.errors import CooperError, DeliveryError, OptionError
-from tests.tasks import LinearTask, nodes, run_local, step_losses
+from tests.tasks import LinearTask, nodes, run_local, step_losses, verified
 from tests.test_exactness import ForgetfulGrid
 
 
@@ -45,7 +45,7 @@ def run(
     config = {"release": "clean", "num-rounds": 2, "batch-size": 32, "run-dir": str(run_dir)}
     config |= {k.replace("_", "-"): v for k, v in options.items()}
     grid = LocalGrid(cooper_client(task, mods=[wire]), nodes(trainers, 1), config)
-    return wire, grid, CooperStrategy.from_config(config).start(grid)
+    return wire, grid, verified(CooperStrategy.from_config(config).start(grid))
 
 
 OWNER, FIRST, LAST, STANDBY = 101, 102, 103, 104
@@ -60,6 +60,7 @@ def test_clean_release_happens_once_and_the_owner_may_then_leave(tmp_path: Path)
     assert owner == [
         "query.hello",
         "train.setup",
+        "train.agree",
         "train.release",
         "query.hello",  # is it there to take delivery?
         "train.collect",
@@ -165,7 +166,14 @@ def test_bytes_per_link_are_what_crosses(tmp_path: Path) -> None:
 def test_nothing_of_a_run_stays_with_the_parties(tmp_path: Path) -> None:
     _, _, result = run(tmp_path, LinearTask(2))
     left = {p.name for p in result.run_dir.rglob("*") if p.is_file()}
-    assert left == {"run.toml", "metrics.jsonl", "privacy.json", "model.safetensors"}
+    assert left == {
+        "attestations.jsonl",
+        "log.json",
+        "run.toml",
+        "metrics.jsonl",
+        "privacy.json",
+        "model.safetensors",
+    }
     assert int(result.run_dir.name) not in {run_id for run_id, _ in CACHE._workers}
 
 
