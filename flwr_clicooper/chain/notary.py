@@ -42,6 +42,8 @@ class Terms:
         Training records.
     cuts : list of list of str
         What crosses each cut.
+    initial : list of str
+        Digests of the trainers' segments before training, as the owner has them.
     nonce : str
         The owner's.
     privacy : dict
@@ -53,6 +55,7 @@ class Terms:
     after: int
     records: int
     cuts: list[list[str]]
+    initial: list[str]
     nonce: str
     privacy: Mapping[str, Any]
     keys: Sequence[str]
@@ -223,6 +226,7 @@ class Notary:
             options=self.options.agreed(),
             task=dict(self.task),
             cuts=tuple(map(tuple, terms.cuts)),
+            initial=Job.parse(before.payload).initial if before else tuple(terms.initial),
             nonce=terms.nonce,
             parties=(*parties, JobParty(RELAY, 0, self.identity.public)),
             subject=hashlib.sha256(canonical(terms.privacy)).hexdigest(),

@@ -59,6 +59,7 @@ from flwr_clicooper.errors import (
 from flwr_clicooper.grids.tensors import decode, decode_places, encode_places
 from flwr_clicooper.privacy.class_scores import ClassScores
 from flwr_clicooper.provenance.attestation import canonical
+from flwr_clicooper.provenance.watermark import skip_reason
 from flwr_clicooper.split.batches import Position
 from flwr_clicooper.split.modules import keeping_modes, load_weights
 from flwr_clicooper.split.specs import (
@@ -185,6 +186,8 @@ class Owner(Worker):
         given = initial_weights(message)
         for index, segment in enumerate(self.segments):
             load_initial(segment, given, index)
+        last = self.setup["trainers"]
+        self.setup["initial"] = [digest(s.state_dict()) for s in self.segments[1 : last + 1]]
         self._check_head()
         self._rehearse()
         header = Header.of(message)
@@ -204,6 +207,7 @@ class Owner(Worker):
         nonce = {"nonce": self.statements.nonce} if self.attestor else {}
         return {
             **nonce,
+            "initial": self.setup["initial"],
             "records": self.train.records,
             "held-out-records": self.test.records,
             "segments": len(self.segments),
@@ -248,7 +252,8 @@ class Owner(Worker):
                 own.close(header.get("round", int), self.stages)
                 return {}, {}
             case Action.AGREE:
-                return {"job": self.statements.agree(header, self.agreed())}, {}
+                initial = tuple(self.setup["initial"])
+                return {"job": self.statements.agree_from(header, self.agreed(), initial)}, {}
             case Action.COLLECT:
                 return self._collect(header, message)
             case Action.EVALUATE:
@@ -395,7 +400,8 @@ class Owner(Worker):
         self.changes[f"delivered-{index}"] = weights
         if self.attestor is None:
             return {}, {}
-        return self.statements.collect(header, message, weights, found), {}
+        skipped = skip_reason(self.segments[index])
+        return self.statements.collect(header, message, weights, found, skipped), {}
 
     def _evaluate(self, header: Header) -> Reply:
         """Assemble the model, save it, and measure it on the held-out set."""

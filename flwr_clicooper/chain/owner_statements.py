@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,20 @@ class OwnerStatements(Attestor):
         """What the owner gave and got in this run."""
         return OwnStreams(run_folder(self.options, self.run) / OWN_FOLDER / "streams")
 
-    def agree(self, header: Header, own: Mapping[str, Any]) -> str:
-        """Sign the job as `Attestor.agree`; take up what earlier attempts measured."""
-        signed = super().agree(header, own)
+    def agree_from(
+        self, header: Header, own: Mapping[str, Any], initial: tuple[str, ...]
+    ) -> str:
+        """Sign the job as `agree`; take up what earlier attempts measured.
+
+        Parameters
+        ----------
+        initial : tuple of str
+            Digests of the trainers' segments before training. Later attempts have those of
+            the first, whose initial arrays need not be given again.
+        """
+        signed = self.agree(header, own)
+        if self.job.attempt == 1 and self.job.initial != initial:
+            raise EvidenceError("the job begins with other weights than the owner has")
         if earlier := self.job.resumes:
             self.own.take_over(run_folder(self.options, earlier) / OWN_FOLDER / "streams")
         return signed
@@ -82,7 +94,12 @@ class OwnerStatements(Attestor):
                 yield OwnerStream(round_, root, other, stream)
 
     def collect(
-        self, header: Header, message: Message, weights: Mapping[str, Tensor], digest: str
+        self,
+        header: Header,
+        message: Message,
+        weights: Mapping[str, Tensor],
+        digest: str,
+        skipped: str,
     ) -> dict[str, str]:
         """Check a delivered segment against what its trainer signed; countersign that.
 
@@ -92,6 +109,8 @@ class OwnerStatements(Attestor):
             The segment.
         digest : str
             Its SHA-256.
+        skipped : str
+            Why the segment cannot carry a watermark, as the owner sees it; empty if it can.
 
         Raises
         ------
@@ -115,6 +134,8 @@ class OwnerStatements(Attestor):
                 "round: its SHA-256 is another"
             )
         self.kept.last[str(index)] = envelope.digest
+        if self.options.watermark and statement.kind == "round":
+            self._check_skipped(statement, skipped)
         if statement.watermark.bits:
             record = message.content.array_records.get(WATERMARK_KEY)
             before = Envelope.from_json(header.get("committed", str))
@@ -126,6 +147,14 @@ class OwnerStatements(Attestor):
             committed = RoundStatement.parse(before.payload).watermark.commitment
             self._check_mark(statement, committed, key, weights)
         return {"countersigned": envelope.countersigned(self.identity).to_json()}
+
+    def _check_skipped(self, statement: RoundStatement, skipped: str) -> None:
+        if bool(statement.watermark.bits) == bool(skipped):
+            raise DeliveryError(
+                f"trainer {statement.segment} says that its segment has "
+                f"{statement.watermark.bits} bits of watermark, but by the owner's task it "
+                f"{'can have none' if skipped else 'must have one'}"
+            )
 
     def _check_mark(
         self,
@@ -175,7 +204,7 @@ class OwnerStatements(Attestor):
             attestations=tuple(self.kept.last[str(i + 1)] for i in range(job.trainers)),
             log=seen,
             privacy=hashlib.sha256(canonical(privacy)).hexdigest(),
-            metrics=dict(metrics),
+            metrics={k: v for k, v in metrics.items() if math.isfinite(v)},
             watermarks=tuple(
                 FoundMark(
                     BITS, commitment(bytes.fromhex(key)), matches, job.rounds, int(segment)

@@ -148,8 +148,9 @@ class ChainRun:
         if start.round:
             self._restore(start)
         if self.notary is not None:
-            nonce = facts.get("nonce", str)
-            terms = Terms(start.round, self.records, cuts, nonce, self.privacy, keys)
+            initial, nonce = facts.texts("initial"), facts.get("nonce", str)
+            privacy = self.privacy
+            terms = Terms(start.round, self.records, cuts, initial, nonce, privacy, keys)
             self.notary.agree(self.relay, self.owner, self.trainers, terms)
         if self.options.label_side == "trainer":
             takers = ", ".join(self.relay.names[n] for n in self.transfers.label_takers)
@@ -193,9 +194,7 @@ class ChainRun:
 
     def _set_up_owner(self, **more: int) -> Header:
         """Set the owner up; return what it says of its data and of the model."""
-        count = len(self.trainers)
-        own = [0, count + 1] if self.options.label_side == "owner" else [0]
-        weights = _initial(self._initial, own)
+        weights = {} if self._initial is None else {WEIGHTS: self._initial}
         facts, _ = self.relay.ask(
             self.owner, Action.SETUP, self._common | more, weights, persist=True
         )

@@ -95,6 +95,12 @@ class TrainerStatements(Attestor):
         """
         signed = self.agree(header, own)
         job = self.job
+        if job.initial[self.stage - 1] != work.subject and not job.after:
+            raise EvidenceError(
+                f"segment {self.stage} does not begin with the weights that the owner has for "
+                "it: both must run the same app and version of PyTorch, or be given "
+                "initial_arrays"
+            )
         previous = self._taken_over(header, job, work.subject)
         statement = self._statement("start", job.after, work, previous, self.see_log(header))
         return {"job": signed, "statement": self._signed(statement)}

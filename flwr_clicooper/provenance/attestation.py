@@ -199,6 +199,7 @@ class Job(Statement):
     options: Mapping[str, Any] = of(anything)
     task: Mapping[str, Any] = of(anything)
     cuts: tuple[tuple[str, ...], ...] = of(listed(listed(text())))
+    initial: tuple[str, ...] = of(listed(digest(), 1))
     nonce: str = of(digest())
     parties: tuple[JobParty, ...] = of(listed(part(JobParty), 3))
 
@@ -209,6 +210,7 @@ class Job(Statement):
         places = [(it.role, it.stage) for it in self.parties]
         order = [("owner", 0), *trainers, ("relay", 0)]
         self._demand(places == order, "its parties are not owner, trainers 1 to N and relay")
+        self._demand(len(self.initial) == self.trainers, "not one first segment per trainer")
         keys = {it.key for it in self.parties}
         self._demand(len(keys) == len(self.parties), "two parties have the same key")
 

@@ -40,7 +40,7 @@ def _wrong_in_job(job: Job, number: int, before: Line[Job] | None) -> Iterator[s
         yield f"it goes back to round {job.after}"
     if before is None and job.after:
         yield f"it goes on from round {job.after}, but nothing came before it"
-    for name in ("rounds", "records", "options", "task", "cuts", "trainers"):
+    for name in ("rounds", "records", "options", "task", "cuts", "initial", "trainers"):
         if before is not None and getattr(job, name) != getattr(before.statement, name):
             yield f"its {name} are not those of the attempt before"
     try:
@@ -207,9 +207,19 @@ def chained_in_time(case: Case) -> Found:
                 yield Problem("it does not name the segment's statement before it", line.where)
             elif before is None and statement.kind == "round":
                 yield Problem("the segment has no start before it", line.where)
+            elif before is None and _starts_otherwise(case.run.job_of(line), statement):
+                yield Problem(
+                    "it is not the segment that all agreed to start from", line.where
+                )
             elif before is not None and _starts_elsewhere(statement, before.statement):
                 yield Problem("it starts from another segment than the last one", line.where)
             before = line
+
+
+def _starts_otherwise(job: Job | None, start: RoundStatement) -> bool:
+    """Whether the first statement on a segment is not of the initial weights."""
+    segment = start.segment
+    return job is None or job.initial[segment - 1 : segment] != (start.subject,)
 
 
 def _starts_elsewhere(statement: RoundStatement, before: RoundStatement) -> bool:

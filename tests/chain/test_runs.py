@@ -252,7 +252,7 @@ def test_initial_arrays_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     config = {"release": "clean", "run-dir": str(tmp_path)}
     grid = LocalGrid(cooper_client(LinearTask(2)), nodes(2), config)
     arrays = ArrayRecord({"1.0.weight": torch.zeros(3, 3)})
-    with pytest.raises(CooperError, match=r"trainer 1 .*segment 1: the weights do not fit"):
+    with pytest.raises(CooperError, match=r"owner .*segment 1: the weights do not fit"):
         CooperStrategy.from_config(config).start(grid, arrays)
 
 

@@ -183,6 +183,7 @@ class Made:
             options=self.options,
             task=self.task,
             cuts=[["float32[4]"] for _ in range(self.trainers + 1)],
+            initial=tuple(self.subject(segment, 0) for segment in self.stages),
             nonce=sha("nonce", number),
             parties=tuple(
                 JobParty(role, stage, key.public)

@@ -36,6 +36,7 @@ JOB = Job(
     options={"release": "clean", "clip": 1.5, "delta": 1e-05, "seal": True, "batch-size": 256},
     task={"widths": [64, 32], "name": "Modèle"},
     cuts=(("float32[64]",), ("float32[32]", "float32[8]")),
+    initial=(A, B),
     nonce=C,
     parties=(
         JobParty("owner", 0, OWNER.public),
