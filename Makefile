@@ -36,12 +36,15 @@ lint: $(INSTALLED)  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## Step time, messages, throughput, memory, noise, sealing; writes benchmarks/results
+bench: $(INSTALLED)  ## Time, messages, memory, privacy mechanisms, provenance; writes benchmarks/results
 	$(BIN)/python benchmarks/chain.py
 	$(BIN)/python benchmarks/links.py
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/mechanisms.py
+	$(BIN)/python benchmarks/protection.py
+	$(BIN)/python benchmarks/provenance.py
+	$(BIN)/python benchmarks/watermark.py
 
 clean:  ## Remove the virtual environment, caches and runs
 	rm -rf $(VENV) runs .demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

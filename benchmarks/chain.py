@@ -85,6 +85,8 @@ def local(release: str, microbatches: int) -> dict[str, Any]:
             "learning-rate": 0.1,
             "run-dir": run_dir,
             "seal": False,
+            "attest": False,
+            "watermark": False,
         }
         nodes: list[dict[str, Any]] = [{"role": "owner"}]
         nodes += [{"role": "trainer", "stage": i + 1} for i in range(TRAINERS)]
@@ -96,7 +98,7 @@ def local(release: str, microbatches: int) -> dict[str, Any]:
 def simulation(release: str, link: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as run_dir:
         config = f"release='{release}' link='{link}' num-rounds={ROUNDS} run-dir='{run_dir}' "
-        config += "seal=false"
+        config += "seal=false attest=false watermark=false"
         run = simulate(ROOT / "examples" / "quickstart", TRAINERS + 1, config)
         if run["status"] != "finished:completed":
             raise RuntimeError(f"the simulation ended as {run['status']}")

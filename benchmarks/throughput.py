@@ -37,6 +37,10 @@ PEERS = ROOT / "benchmarks" / "peers.py"
 BATCH, STEPS, WARM_UP = 256, 40, 60
 TIMEOUT = 300
 ONE, PEER, CHAIN, SEALED = "one process", "pipelining", "chain", "chain, sealed"
+WITH = {
+    CHAIN: "seal=false attest=false watermark=false",
+    SEALED: "seal=true attest=false watermark=false",
+}
 
 
 def main() -> None:
@@ -78,9 +82,9 @@ def measure(
                         take(times, (PEER, count), seconds)
                     for what in (CHAIN, SEALED):
                         runs = Path(folder) / f"runs-{repeat}-{count}-{len(what)}"
-                        seconds = chain(
-                            federation, runs, trainers, rounds, count, sealed=what == SEALED
-                        )
+                        config = f"microbatches={count} num-rounds={rounds} {WITH[what]}"
+                        chain(federation, runs, trainers, config)
+                        seconds = [step["seconds"] for step in noted(runs, "step")]
                         take(times, (what, count), seconds)
     return [
         {
@@ -111,18 +115,9 @@ def peer(name: str, trainers: int, rounds: int, microbatches: int) -> list[float
     return found
 
 
-def chain(
-    federation: Federation,
-    runs: Path,
-    trainers: int,
-    rounds: int,
-    microbatches: int,
-    *,
-    sealed: bool,
-) -> list[float]:
-    config = f"run-dir='{runs}' microbatches={microbatches} num-rounds={rounds} "
-    config += f"task.trainers={trainers} task.records={STEPS * BATCH} "
-    config += f"seal={str(sealed).lower()}"
+def chain(federation: Federation, runs: Path, trainers: int, config: str) -> None:
+    """Run the app in a federation; what it noted lies under the folder of runs."""
+    config += f" run-dir='{runs}' task.trainers={trainers} task.records={STEPS * BATCH}"
     federation.submit(APP, config)
     # Asking Flower starts a process that takes a core: only once training is over.
     deadline = time.monotonic() + TIMEOUT
@@ -133,9 +128,12 @@ def chain(
     run = federation.wait()
     if run["status"] != "finished:completed":
         raise RuntimeError(f"the run ended as {run['status']}")
+
+
+def noted(runs: Path, kind: str) -> list[dict[str, Any]]:
     (path,) = runs.glob("*/metrics.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [line["seconds"] for line in lines if line["kind"] == "step"]
+    return [line for line in lines if line["kind"] == kind]
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -46,8 +46,8 @@ STRENGTH = 0.02
 """The weight of the hinge loss in the segment's loss."""
 EVERY = 10
 """Optimizer steps from one push to the next."""
-MARGIN = 2.0
-"""By how many standard deviations of the chosen weights a bit must hold."""
+MARGIN = 1.5
+"""By how many standard deviations of the chosen weights a bit must hold; 2 cost accuracy."""
 SLACK = 1.02
 """How much further than its margin a bit is set."""
 WEIGHTS = 16_384
@@ -184,9 +184,9 @@ class Watermark:
     def push(self, module: nn.Module, strength: float = STRENGTH) -> None:
         """Add the gradient of the hinge loss to the gradients of a segment, in place.
 
-        The loss is ``strength * sum_j max(0, tau - b_j x_j . w)`` with ``tau`` two standard
-        deviations of the chosen weights as they are now: it follows from key and weights
-        alone.
+        The loss is ``strength * sum_j max(0, tau - b_j x_j . w)`` with ``tau`` `MARGIN`
+        standard deviations of the chosen weights as they are now: it follows from key and
+        weights alone.
 
         Parameters
         ----------
