@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from flwr_clicooper.chain.delivered import (
     portable,
     save_model,
 )
+from flwr_clicooper.chain.held_out import held_out_metrics, measure
 from flwr_clicooper.chain.messages import (
     ACTIVATIONS,
     GRADIENTS,
@@ -151,34 +153,11 @@ class Owner(Worker):
         """Return the stages that the owner trains: the head, the tail, both or none."""
         stages = []
         if self.session.options.head_trains:
-            head = self.make_segment(self.head, 0)
-            stages.append(
-                Stage(
-                    head,
-                    self.plan,
-                    self.inputs,
-                    self.specs[0],
-                    "the data set",
-                    input_grads=False,
-                    lr_factor=self.lr_factor,
-                    refetch=lambda at: self._batch(at)[0],
-                )
-            )
+            cut, refetch = (self.inputs, self.specs[0]), self._inputs_of
+            stages.append(self.make_stage(self.head, 0, cut, refetch=refetch))
         if self.session.options.label_side == "owner":
-            index = len(self.segments) - 1
-            tail = self.make_segment(self.segments[-1], index)
-            giver = f"segment {index - 1}"
-            stages.append(
-                Stage(
-                    tail,
-                    self.plan,
-                    self.specs[-2],
-                    self.specs[-1],
-                    giver,
-                    input_grads=True,
-                    lr_factor=self.lr_factor,
-                )
-            )
+            index, cut = len(self.segments) - 1, (self.specs[-2], self.specs[-1])
+            stages.append(self.make_stage(self.segments[-1], index, cut))
         return stages
 
     def start(self, message: Message) -> Reply:
@@ -274,7 +253,7 @@ class Owner(Worker):
                 self.labels.checked(part.dataset.tensors[-1], part.name)
         labels = self.labels.checked(labels, "held-out")
         with keeping_modes(nn.ModuleList(self.segments)):
-            self._measure(self._assembled(), inputs, labels)
+            measure(self.session.task, self._assembled(), inputs, labels, self.session.device)
 
     def _check_head(self) -> None:
         """Refuse a head under which the run's guarantee would not hold."""
@@ -291,24 +270,16 @@ class Owner(Worker):
         """Return the delivered model: what it answers are true classes."""
         return assemble(self.segments, bound_of(self.session.options), self.labels.map)
 
-    def _measure(
-        self, model: nn.Module, inputs: Tensors, labels: Tensor
-    ) -> tuple[float, float]:
-        """Return the sum over records of the loss, and of what is right."""
-        task, device, records = self.session.task, self.session.device, len(labels)
-        with torch.no_grad():
-            outputs = model(*(x.to(device) for x in inputs)).cpu()
-        loss = float(task.loss(outputs, labels)) * records
-        if not task.measures_accuracy:
-            return loss, 0.0
-        right = task.correct(outputs, labels).reshape(records, -1)
-        return loss, float(right.float().mean(dim=1).sum())
-
     # -- data --------------------------------------------------------------------
 
     def _fetch(self, rows: Indices, purpose: tuple[int, ...]) -> tuple[Tensors, Tensor]:
         inputs, labels = self.data.fetch(rows, purpose)
         return inputs, self.labels.checked(labels, "training")
+
+    def _held_out_batches(self) -> Iterator[tuple[Tensors, Tensor]]:
+        for rows in all_rows(self.test.records, self.session.options.batch_size):
+            inputs, labels = self.test.fetch(rows)
+            yield inputs, self.labels.checked(labels, "held-out")
 
     def _true_labels(self) -> Tensor:
         rows = all_rows(self.train.records, self.session.options.batch_size)
@@ -335,6 +306,9 @@ class Owner(Worker):
             inputs, labels = self._fetch(rows, purpose)
             self._batches = kept | {at: (inputs, self.labels.leaving(labels, rows))}
         return self._batches[at]
+
+    def _inputs_of(self, at: Position) -> Tensors:
+        return self._batch(at)[0]
 
     # -- activations that leave before training ------------------------------------
 
@@ -413,15 +387,9 @@ class Owner(Worker):
         check_finite(model.state_dict(), "the assembled model")
         folder = run_folder(self.session.options, self.session.context.run_id)
         path = save_model(model, folder, portable(self.session.config))
-        model.to(self.session.device)
-        loss, correct, size = 0.0, 0.0, self.session.options.batch_size
-        for rows in all_rows(self.test.records, size):
-            inputs, labels = self.test.fetch(rows)
-            sums = self._measure(model, inputs, self.labels.checked(labels, "held-out"))
-            loss, correct = loss + sums[0], correct + sums[1]
-        task, records = self.session.task, self.test.records
-        metrics = {"accuracy": correct / records} if task.measures_accuracy else {}
-        metrics["loss"] = loss / records
+        batches = self._held_out_batches()
+        device = self.session.device
+        metrics = held_out_metrics(self.session.task, model, batches, device)
         privacy = self._privacy(self.release.store.made("activations"))
         fields = {**metrics, "model": str(path), "privacy": json.dumps(privacy)}
         if self.attestor is not None:

@@ -102,11 +102,8 @@ class ChainRun:
         }
         self._initial = initial_arrays
         facts = self._set_up_owner()
-        introductions = [facts.optional(INTRODUCTION, "")]
-        keys = [facts.optional(IDENTITY, "")]
         self.records = facts.get("records", int)
-        chunk_records = facts.get("chunk-records", int)
-        chunks = -(-self.records // chunk_records)
+        chunks = -(-self.records // facts.get("chunk-records", int))
         self.transfers = Transfers(self.relay, self.options, self.owner, self.trainers, chunks)
         self._state_privacy(facts)
         options = self.options
@@ -121,35 +118,13 @@ class ChainRun:
         held_out = facts.get("held-out-records", int)
         log(INFO, "The chain: %d training and %d held-out records", self.records, held_out)
         log(INFO, "\t%s: head, gives %s", self.relay.names[self.owner], " and ".join(cuts[0]))
-        for stage, node_id in enumerate(self.trainers, start=1):
-            fields: dict[str, Any] = {
-                **self._common,
-                "stage": stage,
-                "records": self.records,
-                "chunk-records": chunk_records,
-                "incoming": cuts[stage - 1],
-                "outgoing": cuts[stage],
-                "labels": facts.get("labels", str),
-                "scores": cuts[-1][0],
-            }
-            records = _initial(initial_arrays, [stage])
-            reply, _ = self.relay.ask(node_id, Action.SETUP, fields, records, persist=True)
-            introductions.append(reply.optional(INTRODUCTION, ""))
-            keys.append(reply.optional(IDENTITY, ""))
-            log(
-                INFO,
-                "\t%s: segment %d, %s parameters, gives %s",
-                self.relay.names[node_id],
-                stage,
-                f"{reply.get('parameters', int):,}",
-                " and ".join(cuts[stage]),
-            )
-        self._introduce(introductions)
+        said = [facts, *self._set_up_trainers(facts, cuts)]
+        self._introduce([each.optional(INTRODUCTION, "") for each in said])
         if start.round:
             self._restore(start)
         if self.notary is not None:
             initial, nonce = facts.texts("initial"), facts.get("nonce", str)
-            privacy = self.privacy
+            privacy, keys = self.privacy, [each.get(IDENTITY, str) for each in said]
             terms = Terms(start.round, self.records, cuts, initial, nonce, privacy, keys)
             self.notary.agree(self.relay, self.owner, self.trainers, terms)
         if self.options.label_side == "trainer":
@@ -164,6 +139,33 @@ class ChainRun:
                 "standbys": [str(n) for n in self.standbys],
             }
         )
+
+    def _set_up_trainers(self, facts: Header, cuts: list[list[str]]) -> list[Header]:
+        """Set the trainers up, in order; return what they say."""
+        said = []
+        for stage, node_id in enumerate(self.trainers, start=1):
+            fields: dict[str, Any] = {
+                **self._common,
+                "stage": stage,
+                "records": self.records,
+                "chunk-records": facts.get("chunk-records", int),
+                "incoming": cuts[stage - 1],
+                "outgoing": cuts[stage],
+                "labels": facts.get("labels", str),
+                "scores": cuts[-1][0],
+            }
+            weights = _initial(self._initial, stage)
+            reply, _ = self.relay.ask(node_id, Action.SETUP, fields, weights, persist=True)
+            said.append(reply)
+            log(
+                INFO,
+                "\t%s: segment %d, %s parameters, gives %s",
+                self.relay.names[node_id],
+                stage,
+                f"{reply.get('parameters', int):,}",
+                " and ".join(cuts[stage]),
+            )
+        return said
 
     def _introduce(self, introductions: list[str]) -> None:
         """Bring every party the keys of the others."""
@@ -369,13 +371,8 @@ def _resume_fields(start: Checkpoint) -> dict[str, str | int]:
     return {"resume-run": start.run_id, "resume-round": start.round}
 
 
-def _initial(arrays: ArrayRecord | None, segments: list[int]) -> Records:
-    """Return the initial weights of some segments, by the segment's index."""
-    if arrays is None:
-        return {}
-    wanted = {
-        name: array
-        for name, array in arrays.items()
-        if name.split(".", 1)[0] in map(str, segments)
-    }
+def _initial(arrays: ArrayRecord | None, segment: int) -> Records:
+    """Return the initial weights of a segment, if they were given."""
+    named = {} if arrays is None else dict(arrays.items())
+    wanted = {k: v for k, v in named.items() if k.split(".", 1)[0] == str(segment)}
     return {WEIGHTS: ArrayRecord(wanted)} if wanted else {}

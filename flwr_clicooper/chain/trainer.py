@@ -30,7 +30,7 @@ from flwr_clicooper.chain.messages import (
     array_record,
 )
 from flwr_clicooper.chain.records import check_labels
-from flwr_clicooper.chain.stage import Changes, Stage, parse_specs, position_of
+from flwr_clicooper.chain.stage import Changes, parse_specs, position_of
 from flwr_clicooper.chain.state import StateStore
 from flwr_clicooper.chain.trainer_statements import TrainerStatements, Work
 from flwr_clicooper.chain.uploads import Uploads
@@ -72,16 +72,9 @@ class Trainer(Worker):
             classes = self.scores.shape[0]
             trained = WithAuxiliary(self.module, self.outgoing, classes, options.seed)
         stored_inputs = self.local or (self.index == 1 and not options.head_trains)
-        self.stage = Stage(
-            self.make_segment(trained, self.index),
-            self.plan,
-            incoming,
-            self.outgoing,
-            giver=f"segment {self.index - 1}",
-            input_grads=not stored_inputs,
-            lr_factor=self.lr_factor,
-            refetch=self._stored_inputs if stored_inputs else None,
-        )
+        refetch = self._stored_inputs if stored_inputs else None
+        cut = (incoming, self.outgoing)
+        self.stage = self.make_stage(trained, self.index, cut, refetch=refetch)
         self.stages = [self.stage]
         if options.attest:
             self.statements = TrainerStatements(session.context, store.folder, self.index)

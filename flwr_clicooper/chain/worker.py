@@ -15,14 +15,14 @@ from flwr_clicooper.chain.attestor import STREAMS, Attestor
 from flwr_clicooper.chain.build import build_optimizer, device_of
 from flwr_clicooper.chain.messages import WEIGHTS, Action, Header
 from flwr_clicooper.chain.roles import Role, role_of, state_folder
-from flwr_clicooper.chain.stage import Changes, Stage
+from flwr_clicooper.chain.stage import Changes, Refetch, Stage
 from flwr_clicooper.chain.state import StateStore
 from flwr_clicooper.grids.tensors import decode
 from flwr_clicooper.options import TASK_PREFIX, Options, task_config
 from flwr_clicooper.split.batches import BatchPlan, Position
 from flwr_clicooper.split.modules import keeping_modes
 from flwr_clicooper.split.segment import Segment
-from flwr_clicooper.split.specs import Tensors, as_tensors
+from flwr_clicooper.split.specs import Tensors, TensorSpec, as_tensors
 from flwr_clicooper.task import SplitTask
 
 Reply = tuple[dict[str, Any], dict[str, ArrayRecord]]
@@ -135,16 +135,37 @@ class Worker(ABC):
                 parts.append([output.cpu() for output in given])
         return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
-    def make_segment(self, module: nn.Module, index: int) -> Segment:
-        """Return a trainable segment on this node's device."""
-        module = module.to(self.session.device)
-        optimizer = build_optimizer(self.session.task, module, self.session.config)
-        return Segment(
-            module,
-            optimizer,
-            index=index,
-            seed=self.session.options.seed,
-            device=self.session.device,
+    def make_stage(
+        self,
+        module: nn.Module,
+        index: int,
+        cut: tuple[list[TensorSpec], list[TensorSpec]],
+        *,
+        refetch: Refetch | None = None,
+    ) -> Stage:
+        """Return a trainable segment on this node's device, in its place.
+
+        Parameters
+        ----------
+        cut : (list of TensorSpec, list of TensorSpec)
+            What crosses the cuts before and after it.
+        refetch : callable, optional
+            Where the inputs come from when no message brings them; nobody before it then
+            wants gradients.
+        """
+        session = self.session
+        module = module.to(session.device)
+        optimizer = build_optimizer(session.task, module, session.config)
+        seed, device = session.options.seed, session.device
+        segment = Segment(module, optimizer, index=index, seed=seed, device=device)
+        return Stage(
+            segment,
+            self.plan,
+            *cut,
+            giver=f"segment {index - 1}" if index else "the data set",
+            input_grads=refetch is None,
+            lr_factor=self.lr_factor,
+            refetch=refetch,
         )
 
     def lr_factor(self, at: Position) -> float:

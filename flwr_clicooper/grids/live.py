@@ -2,9 +2,8 @@
 
 The relay listens; each client dials from inside one long ``train.live`` handler, so
 clients need no open port. A link carries one request at a time, which keeps the relay's
-memory to what the schedule has in flight. When a link breaks and the client dials
-again, the request without a reply is sent again, and the client answers it from memory if
-it had answered already.
+memory to what the schedule has in flight. When a link breaks and the client dials again, the
+request without a reply is sent again; a client that had answered it does so from memory.
 """
 
 from __future__ import annotations
@@ -69,8 +68,7 @@ class LiveGrid(Grid):
         The port is not free.
     """
 
-    warm = True
-    """A linked node stays in one process."""
+    warm = True  # a linked node stays in one process
 
     def __init__(
         self,
