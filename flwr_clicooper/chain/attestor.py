@@ -78,6 +78,10 @@ class Kept:
         The owner's: digest of the last statement on each segment.
     marks : dict of str to (int, str)
         The owner's: matches and key of the watermark in each segment.
+    round :
+        The round that goes on.
+    chunks : dict of str to int
+        The round in which a chunk came last.
     seconds, moved :
         Time in handlers, and bytes in and out, in the round so far.
     """
@@ -90,6 +94,8 @@ class Kept:
     disclosed: str = ""
     last: dict[str, str] = field(default_factory=dict)
     marks: dict[str, tuple[int, str]] = field(default_factory=dict)
+    round: int = 0
+    chunks: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     moved: int = 0
 
@@ -147,14 +153,18 @@ class Attestor:
         self, action: Action, header: Header, message: Message, sent: Mapping[str, ArrayRecord]
     ) -> None:
         """Measure the tensors of a message and of its reply."""
-        segment = header.optional("segment", self.stage)
+        if action not in _IN and action not in _OUT:
+            return
+        segment = self.stage or header.optional("segment", 0)
         if "step" in header:
             round_, step = header.get("round", int), header.get("step", int)
             place = (round_, step, header.get("microbatch", int))
         else:
             place = (0, header.optional("chunk", 0), 0)
         came = message.content.array_records
-        release = header.optional("release", 0)
+        release = header.optional("release", header.optional("round", 0))
+        if self.stage and release not in (0, self.kept.round):
+            raise EvidenceError(f"a message is of round {release}, not of {self.kept.round}")
         for names, records in ((_IN.get(action), came), (_OUT.get(action), sent)):
             for name, stream in (names or {}).items():
                 if name in records:
@@ -176,8 +186,22 @@ class Attestor:
         """Wait for the digests that are still being computed."""
         pending, self._pending = self._pending, []
         for segment, stream, place, digest in pending:
-            self.streams.setdefault(segment, Streams()).add(stream, *place, digest.result())
+            self._settle(segment, stream, place, digest.result())
             self._changed.add(segment)
+
+    def _settle(self, segment: int, stream: str, place: Position, digest: bytes) -> None:
+        """Add a leaf; what was trained on cannot be put in another's place afterwards."""
+        streams = self.streams.setdefault(segment, Streams())
+        where = f"{segment}/{stream}/{place[1]}"
+        known = streams.has(stream, place)
+        if known and place[0]:
+            raise EvidenceError(f"{stream} of round, step, micro-batch {place} came twice")
+        changed = known and streams.digest(stream, place) != digest
+        if changed and self.stage and self.kept.chunks.get(where, 0) >= self.kept.round:
+            raise EvidenceError(f"chunk {place[1]} of {stream} came again as another one")
+        if not place[0]:
+            self.kept.chunks[where] = self.kept.round
+        streams.add(stream, *place, digest)
 
     # -- the job -------------------------------------------------------------------
 

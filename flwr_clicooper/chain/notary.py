@@ -16,6 +16,7 @@ from flwr_clicooper.errors import EvidenceError
 from flwr_clicooper.files import write_atomically
 from flwr_clicooper.options import Options
 from flwr_clicooper.provenance.attestation import (
+    Delivery,
     Job,
     JobParty,
     LogHead,
@@ -113,6 +114,10 @@ class Notary:
         kept = []
         for envelope in read_lines(earlier / LINES_FILE):
             statement = parse_statement(envelope.payload)
+            if isinstance(statement, Delivery):
+                raise EvidenceError(
+                    f"{earlier.name} was delivered; there is nothing to resume"
+                )
             if isinstance(statement, RoundStatement) and statement.round > after:
                 break
             kept.append(envelope)
@@ -179,13 +184,12 @@ class Notary:
             made.append(self._checked(job, stage, header))
         self._append(made)
 
-    def for_collection(self, stage: int) -> dict[str, str]:
-        """Return what the owner needs to check a segment: its last statements."""
-        last, before = self._of_segment[stage][-1], self._of_segment[stage][-2]
-        return {
-            "statement": self.lines[last].to_json(),
-            "committed": self.lines[before].to_json(),
-        }
+    def for_collection(self, stage: int) -> dict[str, list[str]]:
+        """Return a segment's statements from the one before its last round, for the owner."""
+        places = self._of_segment[stage]
+        statements = [RoundStatement.parse(self.lines[place].payload) for place in places]
+        last = max(i for i, it in enumerate(statements) if it.kind == "round")
+        return {"statements": [self.lines[place].to_json() for place in places[last - 1 :]]}
 
     def countersigned(self, stage: int, header: Header) -> None:
         """Take the owner's signature on a trainer's last statement."""

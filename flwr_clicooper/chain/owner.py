@@ -165,8 +165,6 @@ class Owner(Worker):
         given = initial_weights(message)
         for index, segment in enumerate(self.segments):
             load_initial(segment, given, index)
-        last = self.setup["trainers"]
-        self.setup["initial"] = [digest(s.state_dict()) for s in self.segments[1 : last + 1]]
         self._check_head()
         self._rehearse()
         header = Header.of(message)
@@ -183,10 +181,8 @@ class Owner(Worker):
                 f"this one gives {self.scores}"
             )
         self.changes["head"] = self.head.state_dict()
-        nonce = {"nonce": self.statements.nonce} if self.attestor else {}
         return {
-            **nonce,
-            "initial": self.setup["initial"],
+            **self._terms(),
             "records": self.train.records,
             "held-out-records": self.test.records,
             "segments": len(self.segments),
@@ -196,6 +192,14 @@ class Owner(Worker):
             "privacy": json.dumps(self._privacy(self.release.allowed)),
             **{f"cut-{i}": [str(s) for s in specs] for i, specs in enumerate(self.specs)},
         }, {}
+
+    def _terms(self) -> dict[str, Any]:
+        """Return what the job takes from the owner."""
+        if self.attestor is None:
+            return {}
+        trained = self.segments[1 : self.setup["trainers"] + 1]
+        self.setup["initial"] = [digest(segment.state_dict()) for segment in trained]
+        return {"nonce": self.statements.nonce, "initial": self.setup["initial"]}
 
     def agreed(self) -> dict[str, Any]:
         """Return what the job must say, as the owner knows it, by field."""

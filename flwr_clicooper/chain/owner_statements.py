@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from flwr_clicooper.chain.attestor import Attestor
 from flwr_clicooper.chain.messages import WATERMARK_KEY, Action, Header
 from flwr_clicooper.chain.own_streams import OwnStreams
 from flwr_clicooper.chain.roles import OWN_FOLDER, TRAINER, run_folder
-from flwr_clicooper.errors import DeliveryError, EvidenceError
+from flwr_clicooper.errors import DeliveryError, EvidenceError, StateError
 from flwr_clicooper.files import write_atomically
 from flwr_clicooper.grids.tensors import decode
 from flwr_clicooper.provenance.attestation import (
@@ -27,7 +27,7 @@ from flwr_clicooper.provenance.attestation import (
     now,
     versions,
 )
-from flwr_clicooper.provenance.dsse import Envelope
+from flwr_clicooper.provenance.dsse import Envelope, keyid
 from flwr_clicooper.provenance.evidence import KEYS_FILE, DisclosedKeys
 from flwr_clicooper.provenance.watermark import BITS, Watermark, commitment, is_accepted
 
@@ -55,8 +55,13 @@ class OwnerStatements(Attestor):
     def _keep(self, segment: int, round_: int) -> None:
         """Add what was measured to what is stored; only files have the whole."""
         self.settle()
-        stored = self.own.of(round_, segment)
-        stored.update(self.streams.pop(segment))
+        stored, new = self.own.of(round_, segment), self.streams.pop(segment)
+        if self.options.release == "clean" and not stored.agrees(new):
+            raise StateError(
+                "the head gives other activations than when they were released first; a run "
+                "goes on only where it was: same machine, threads and version of PyTorch"
+            )
+        stored.update(new)
         self._changed.add(segment)
         self.own.keep(round_, segment, stored)
 
@@ -120,8 +125,9 @@ class OwnerStatements(Attestor):
             The statement is not the trainer's last one.
         """
         index, job = header.get("segment", int), self.job
-        envelope = Envelope.from_json(header.get("statement", str))
-        statement = RoundStatement.parse(envelope.verify(job.party(TRAINER, index)))
+        lines = [Envelope.from_json(text) for text in header.texts("statements")]
+        trainer = job.party(TRAINER, index)
+        statement = RoundStatement.parse(lines[-1].verify(trainer))
         place = (statement.run, statement.job, statement.segment, statement.round)
         if place != (self.run, self.job_digest, index, job.rounds):
             raise EvidenceError(
@@ -133,20 +139,20 @@ class OwnerStatements(Attestor):
                 f"segment {index} is not the one that trainer {index} signed after the last "
                 "round: its SHA-256 is another"
             )
-        self.kept.last[str(index)] = envelope.digest
-        if self.options.watermark and statement.kind == "round":
-            self._check_skipped(statement, skipped)
-        if statement.watermark.bits:
-            record = message.content.array_records.get(WATERMARK_KEY)
-            before = Envelope.from_json(header.get("committed", str))
-            if record is None or before.digest != statement.previous:
-                raise DeliveryError(
-                    f"trainer {index} did not disclose the key of its last watermark"
-                )
-            key = bytes(decode(record, "watermark key")["key"].numpy())
-            committed = RoundStatement.parse(before.payload).watermark.commitment
-            self._check_mark(statement, committed, key, weights)
-        return {"countersigned": envelope.countersigned(self.identity).to_json()}
+        self.kept.last[str(index)] = lines[-1].digest
+        if self.options.watermark:
+            committed, marked = _last_round(lines)
+            self._check_skipped(marked, skipped)
+            # Whoever took the segment over after its last round has no key to disclose.
+            if marked.watermark.bits and keyid(trainer) in lines[1].signed_by():
+                record = message.content.array_records.get(WATERMARK_KEY)
+                if record is None:
+                    raise DeliveryError(
+                        f"trainer {index} did not disclose the key of its last watermark"
+                    )
+                key = bytes(decode(record, "watermark key")["key"].numpy())
+                self._check_mark(marked, committed, key, weights)
+        return {"countersigned": lines[-1].countersigned(self.identity).to_json()}
 
     def _check_skipped(self, statement: RoundStatement, skipped: str) -> None:
         if bool(statement.watermark.bits) == bool(skipped):
@@ -209,7 +215,9 @@ class OwnerStatements(Attestor):
                 FoundMark(
                     BITS, commitment(bytes.fromhex(key)), matches, job.rounds, int(segment)
                 )
-                for segment, (matches, key) in sorted(self.kept.marks.items())
+                for segment, (matches, key) in sorted(
+                    self.kept.marks.items(), key=lambda it: int(it[0])
+                )
             ),
             streams=tuple(self._own_streams(job.trainers)),
             time=now(),
@@ -218,6 +226,9 @@ class OwnerStatements(Attestor):
         self._keep_disclosed(job.rounds)
         return Envelope.sign(delivery.payload(), self.identity).to_json()
 
+    def _marks(self) -> list[tuple[str, tuple[int, str]]]:
+        return sorted(self.kept.marks.items(), key=lambda it: int(it[0]))
+
     def _keep_disclosed(self, round_: int) -> None:
         """Keep the disclosed keys beside the model, for its owner only."""
         keys = {segment: key for segment, (_, key) in self.kept.marks.items()}
@@ -225,3 +236,22 @@ class OwnerStatements(Attestor):
             found = DisclosedKeys(job=self.job_digest, keys=keys, round=round_, run=self.run)
             path = run_folder(self.options, self.run) / KEYS_FILE
             write_atomically(path, found.to_bytes())
+
+
+def _last_round(lines: Sequence[Envelope]) -> tuple[str, RoundStatement]:
+    """Return the commitment to the last round's key, and the statement on that round.
+
+    Raises
+    ------
+    EvidenceError
+        The lines are not a statement, the last round's, and the starts of attempts that
+        only delivered.
+    """
+    statements = [RoundStatement.parse(line.payload) for line in lines]
+    chained = all(b.previous == a.digest for a, b in zip(lines, statements[1:], strict=False))
+    kinds = [statement.kind for statement in statements[1:]]
+    if not chained or kinds[:1] != ["round"] or set(kinds[1:]) > {"start"}:
+        raise EvidenceError("the statements that came with a segment are not its last ones")
+    if {it.subject for it in statements[1:]} != {statements[-1].subject}:
+        raise EvidenceError("the segment changed after its last round")
+    return statements[0].watermark.commitment, statements[1]

@@ -198,7 +198,8 @@ class CooperStrategy(Strategy):
     ) -> None:
         started, rounds = time.monotonic(), run.options.num_rounds
         run.set_up(initial_arrays, start)
-        if not (self.options.head_trains or self.options.releases_each_round):
+        once = not (self.options.head_trains or self.options.releases_each_round)
+        if once and start.round < rounds:
             run.transfers.release()
         for round_ in range(start.round + 1, rounds + 1):
             if self.options.releases_each_round:

@@ -137,7 +137,7 @@ class Trainer(Worker):
             case Action.DELIVER:
                 weights = self.module.state_dict()
                 records = {WEIGHTS: encode(weights)}
-                if self.attestor is not None and (key := self.attestor.kept.disclosed):
+                if self.attestor is not None and (key := self.statements.disclosed()):
                     data = torch.frombuffer(bytearray.fromhex(key), dtype=torch.uint8)
                     records[WATERMARK_KEY] = encode({"key": data})
                 return {"digest": digest(weights)}, records

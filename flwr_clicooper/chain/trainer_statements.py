@@ -103,7 +103,32 @@ class TrainerStatements(Attestor):
             )
         previous = self._taken_over(header, job, work.subject)
         statement = self._statement("start", job.after, work, previous, self.see_log(header))
-        return {"job": signed, "statement": self._signed(statement)}
+        self.kept.round = job.after + 1
+        made = {"job": signed, "statement": self._signed(statement)}
+        if job.after == job.rounds:  # what is left to do is to deliver
+            self.kept.disclosed = self._own_key(job)
+        return made
+
+    def _own_key(self, job: Job) -> str:
+        """Return the key of this trainer's watermark of the last round, or an empty text."""
+        name = OwnKeys(keys={}, run=self.run, segment=self.stage).file_name
+        for run in filter(None, (self.run, job.resumes)):
+            path = run_folder(self.options, run) / name
+            if path.exists():
+                return OwnKeys.parse(path.read_bytes()).keys.get(str(job.rounds), "")
+        return ""
+
+    def disclosed(self) -> str:
+        """Return the key of the last round's watermark in hex, or an empty text.
+
+        Raises
+        ------
+        EvidenceError
+            Training is not over.
+        """
+        if RoundStatement.parse(self.kept.previous.encode()).round != self.job.rounds:
+            raise EvidenceError("a segment is delivered, and a key disclosed, at the end only")
+        return self.kept.disclosed
 
     def finish_round(self, header: Header, work: Work) -> dict[str, str]:
         """Return the signed statement on a round, after checking the predecessor's.
@@ -134,6 +159,7 @@ class TrainerStatements(Attestor):
         )
         if self.evidence is not None:
             self.evidence.close(round_, self._streams, self.kept.key)
+        self.kept.round = round_ + 1
         self._streams.forget_rounds()
         self._changed.add(self.stage)
         self.kept.seconds, self.kept.moved = 0.0, 0

@@ -9,7 +9,6 @@ from os.path import lexists
 
 from flwr_clicooper.errors import EvidenceError
 from flwr_clicooper.provenance.attestation import FoundMark, RoundStatement
-from flwr_clicooper.provenance.check_statements import last_of
 from flwr_clicooper.provenance.checking import ACCEPT, BITS, Case, NotChecked, Note, Problem
 from flwr_clicooper.provenance.dsse import MAX_ENVELOPE
 from flwr_clicooper.provenance.evidence import (
@@ -166,15 +165,26 @@ def _keys(case: Case) -> DisclosedKeys | Problem:
 
 
 def _last_marks(case: Case) -> dict[int, Pair]:
-    """Return the statements of the last round's watermarks by segment."""
+    """Return the statements of the last round's watermarks by segment.
+
+    A trainer that took a segment over after its last round has no key to disclose.
+    """
     rounds = case.job.statement.rounds
     return {
         line.statement.segment: (line, before)
         for line, before in _rounds(case.run)
         if line.statement.watermark.bits
         and line.statement.round == rounds
-        and line is last_of(case.run, line.statement.segment)
+        and _has_it_still(case, line)
     }
+
+
+def _has_it_still(case: Case, line: Line[RoundStatement]) -> bool:
+    then, segment = case.run.job_of(line), line.statement.segment
+    now = case.job.statement
+    if then is None or segment > min(then.trainers, now.trainers):
+        return True  # what is wrong there is another check's
+    return then.party("trainer", segment) == now.party("trainer", segment)
 
 
 def _rounds(run: RunEvidence) -> Iterator[Pair]:

@@ -116,9 +116,21 @@ class Streams:
         for stream, leaves in other._leaves.items():
             self._leaves.setdefault(stream, {}).update(leaves)
 
+    def agrees(self, other: Streams) -> bool:
+        """Return whether no leaf of others is another one in the same place."""
+        return all(
+            self._leaves.get(stream, {}).get(position, data) == data
+            for stream, leaves in other._leaves.items()
+            for position, data in leaves.items()
+        )
+
     def count(self, stream: str) -> int:
         """Return how many leaves a stream has."""
         return len(self._leaves.get(stream, ()))
+
+    def has(self, stream: str, position: Position) -> bool:
+        """Return whether a stream has a leaf in a place."""
+        return position in self._leaves.get(stream, ())
 
     def positions(self, stream: str) -> list[Position]:
         """Return where a stream has leaves, in order."""

@@ -274,12 +274,19 @@ def test_without_sealing_too_keys_must_be_those_of_the_trust_file(tmp_path: Path
 # -- watermarks in training ----------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("grid", "more"),
+    [
+        (ForgetfulGrid, {"microbatches": 2}),
+        (LocalGrid, {"schedule": "local"}),
+        (LocalGrid, {"release": "interactive"}),
+        (LocalGrid, {"label_side": "owner"}),
+    ],
+)
 def test_every_round_is_marked_and_all_marks_are_in_the_delivered_model(
-    tmp_path: Path,
+    tmp_path: Path, grid: type[LocalGrid], more: dict[str, Any]
 ) -> None:
-    result = run_local(
-        WideTask(2), 2, tmp_path, ForgetfulGrid, num_rounds=4, batch_size=24, microbatches=2
-    )
+    result = run_local(WideTask(2), 2, tmp_path, grid, num_rounds=4, batch_size=24, **more)
     assert result.run_dir is not None
     evidence = load_run(result.run_dir)
     marks = [line.statement.watermark for line in evidence.rounds]
@@ -388,3 +395,121 @@ def test_the_relays_result_says_how_much_was_signed(tmp_path: Path) -> None:
     head = load_run(result.run_dir).head
     assert head is not None
     assert result.provenance["root"] == head.statement.root
+
+
+# -- what a relay or a trainer could gain by the order of messages ----------------------------
+
+
+def identified(folder: Path) -> list[dict[str, Any]]:
+    """Return node configs whose nodes keep their identities over attempts."""
+    configs = nodes(2)
+    for number, config in enumerate(configs):
+        Identity.new().save(folder / f"{number}.pem")
+        config["identity-key"] = str(folder / f"{number}.pem")
+    return configs
+
+
+def test_a_failure_at_delivery_does_not_lose_the_last_watermarks(tmp_path: Path) -> None:
+    result = run(
+        tmp_path / "runs",
+        Once("query.deliver"),
+        task=WideTask(2),
+        configs=identified(tmp_path),
+    )
+    assert result.run_dir is not None
+    evidence = load_run(result.run_dir)
+    assert [line.statement.after for line in evidence.jobs] == [0, 2]
+    (delivery,) = evidence.deliveries
+    found = [
+        (mark.segment, mark.round, mark.matches) for mark in delivery.statement.watermarks
+    ]
+    assert found == [(1, 2, 256), (2, 2, 256)]
+    outcomes = {c.name: c.outcome for c in verify_run(result.run_dir).checks}
+    assert outcomes["watermarks"] == outcomes["watermarks in the model"] == "passed"
+
+
+class Once:
+    """A mod that lets one trainer fail once at an action."""
+
+    def __init__(self, action: str) -> None:
+        self.action = action
+
+    def __call__(self, message: Message, context: Context, call_next: Any) -> Message:
+        if (context.node_id, message.metadata.message_type) == (103, self.action):
+            self.action = ""
+            raise ConnectionError("the machine is on fire")
+        return call_next(message, context)
+
+
+def test_a_trainer_cannot_shed_its_watermark_by_failing_at_delivery(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def shed(self: Marking) -> None:
+        with torch.no_grad():
+            for parameter in self._module.parameters():
+                parameter.neg_()
+
+    monkeypatch.setattr(Marking, "complete", shed)
+    monkeypatch.setattr(Marking, "found", lambda self: (256, 256))
+    with pytest.raises(ClientError, match="does not carry trainer 1's watermark"):
+        run(
+            tmp_path / "runs",
+            Once("query.deliver"),
+            task=WideTask(2),
+            configs=identified(tmp_path),
+        )
+
+
+def test_a_chunk_cannot_be_replaced_after_it_was_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    send, kept = Relay.send, []
+
+    def lie(
+        self: Relay, to: int, kind: Any, fields: Any, records: Any = None, **more: Any
+    ) -> str:
+        if kind == "train.upload" and "activations" in records:
+            record = records["activations"]
+            kept.append((to, dict(fields), records))
+            array = type(record["0"]).from_numpy_ndarray(record["0"].numpy() * 2)
+            records = {"activations": type(record)({"0": array})}
+        if kind == "train.close_round" and to == 102:  # trained: now the true ones
+            for node, header, true in kept:
+                send(self, node, "train.upload", header, true, persist=True)
+                self.receive()
+        return send(self, to, kind, fields, records, **more)
+
+    monkeypatch.setattr(Relay, "send", lie)
+    with pytest.raises(ClientError, match="chunk 0 of activations-in came again as another"):
+        run(tmp_path, seal=False)
+
+
+def test_a_message_of_another_segment_or_round_is_measured_where_it_is_trained_on(
+    lying_relay: Any, tmp_path: Path
+) -> None:
+    def elsewhere(fields: dict[str, Any]) -> None:
+        fields["segment"] = 99
+
+    lying_relay("train.backward", elsewhere)
+    assert verify_run(run(tmp_path / "a", seal=False).run_dir or tmp_path).ok
+
+    def later(fields: dict[str, Any]) -> None:
+        fields["release"] = 7
+
+    lying_relay("train.upload", later)
+    with pytest.raises(ClientError, match="a message is of round 7, not of 1"):
+        run(tmp_path / "b", seal=False)
+
+
+def test_no_key_is_disclosed_before_the_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    close = Notary.close_round
+
+    def curious(self: Notary, relay: Relay, trainers: Any, round_: int) -> None:
+        close(self, relay, trainers, round_)
+        relay.ask(trainers[0], "query.deliver", {})
+
+    monkeypatch.setattr(Notary, "close_round", curious)
+    with pytest.raises(ClientError, match="disclosed, at the end only"):
+        run(tmp_path, task=WideTask(2), seal=False)

@@ -126,6 +126,7 @@ class Made:
         self.log = MerkleLog()
         self.parties: dict[str, Identity] = {}
         self.last: dict[int, RoundStatement] = {}
+        self.own_marks: dict[int, tuple[Any, bytes]] = {}
         self.jobs: list[Job] = []
         self.digests = weights(self) if self.model else {}
         for number in range(1, len(self.attempts) + 1):
@@ -223,10 +224,13 @@ class Made:
             versions=VERSIONS,
         )
         self.last[segment] = self.sign(name, statement, [f"trainer {segment}"])
+        if kind == "round" and round_ == self.rounds and mark:
+            trainer = self.parties[f"trainer {segment}"]
+            self.own_marks[segment] = (trainer, self.key(segment, round_))
         return digest(self.last[segment])
 
     def _delivery(self) -> Delivery:
-        job, mark = self.jobs[-1], self.options["watermark"]
+        job = self.jobs[-1]
         file = self.folder / "model.safetensors"
         return Delivery(
             subject=hashlib.sha256(file.read_bytes() if self.model else b"").hexdigest(),
@@ -238,9 +242,8 @@ class Made:
             privacy=hashlib.sha256(canonical(PRIVACY)).hexdigest(),
             metrics={"accuracy": 0.75, "loss": 0.5},
             watermarks=tuple(
-                FoundMark(256, sha256(self.key(s, self.rounds)), 256, self.rounds, s)
-                for s in self.stages
-                if mark and self.last[s].kind == "round"
+                FoundMark(256, sha256(key), 256, self.rounds, segment)
+                for segment, key in self.keys().items()
             ),
             streams=tuple(
                 OwnerStream(
@@ -269,7 +272,7 @@ class Made:
         self.write("metrics.jsonl", json.dumps({"kind": "round", "loss": 0.5}) + "\n")
         self.write("privacy.json", json.dumps(PRIVACY, indent=2) + "\n")
         if self.model or self.disclosed:
-            keys = {str(s): self.key(s, self.rounds).hex() for s in self.stages}
+            keys = {str(segment): key.hex() for segment, key in self.keys().items()}
             job = self.jobs[-1]
             disclosed = DisclosedKeys(digest(job), keys, self.rounds, job.run)
             self.write("watermark.json", disclosed.to_bytes().decode())
@@ -296,6 +299,14 @@ class Made:
                 for i, (role, stage, key) in enumerate(sorted(parties, key=str))
             )
         )
+
+    def keys(self) -> dict[int, bytes]:
+        """The keys of the last round's watermarks, of who still has the segment."""
+        return {
+            segment: key
+            for segment, (trainer, key) in self.own_marks.items()
+            if trainer is self.parties[f"trainer {segment}"]
+        }
 
     def key(self, segment: int, round_: int) -> bytes:
         """The key of a round's watermark, of the attempt that goes on."""
@@ -377,7 +388,8 @@ def weights(made: Made) -> dict[int, str]:
     from flwr_clicooper.provenance.watermark import Watermark
 
     made.folder.mkdir(exist_ok=True)
-    made.jobs = list(made.attempts)  # type: ignore[assignment]  # `key` counts them
+    trained = [it for it in made.attempts if it.after < made.rounds]
+    made.jobs = trained  # type: ignore[assignment]  # `key` counts them
     own, tensors = {}, {"0.weight": torch.ones(2, 2)}
     for segment in range(1, made.trainers + made.unsigned + 1):
         torch.manual_seed(segment)
