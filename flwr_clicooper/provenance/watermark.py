@@ -281,7 +281,8 @@ class Watermark:
             parts.append(flat[at.to(flat.device)].to("cpu", torch.float32))
         weights, unit = _rounded(torch.cat(parts).numpy())
         sums = (weights[self._order].reshape(BITS, _EACH) * self._signs).sum(axis=1)
-        total, squares = int(weights.sum()), int(weights @ weights)
+        # Not `weights @ weights`: the threads of BLAS would wait for those of PyTorch.
+        total, squares = int(weights.sum()), int(np.square(weights).sum())
         deviation = math.sqrt(WEIGHTS * squares - total**2) / WEIGHTS
         return sums * unit, MARGIN * deviation * unit * math.sqrt(_EACH)
 
