@@ -28,7 +28,7 @@ from flwr_clicooper.chain.messages import (
     payload_bytes,
 )
 from flwr_clicooper.errors import EvidenceError
-from flwr_clicooper.grids.tensors import raw_arrays
+from flwr_clicooper.grids.tensors import raw_arrays, snapshot
 from flwr_clicooper.options import Options
 from flwr_clicooper.provenance.attestation import Job, LogHead, TreeHead
 from flwr_clicooper.provenance.dsse import Envelope
@@ -175,7 +175,8 @@ class Attestor:
         self, segment: int, stream: str, place: Position, record: ArrayRecord, round_: int
     ) -> None:
         """Measure arrays as a leaf of a stream, meanwhile; `round_` is when they came."""
-        digest = _POOL.submit(self._measure, stream, (round_, *place[1:]), record)
+        arrays = snapshot(record)  # mods may change the message before its turn comes
+        digest = _POOL.submit(self._measure, stream, (round_, *place[1:]), arrays)
         self._pending.append((segment, stream, place, digest))
 
     def _measure(self, stream: str, at: Position, record: ArrayRecord) -> bytes:

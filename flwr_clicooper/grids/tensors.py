@@ -11,6 +11,7 @@ import io
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from copy import copy
 from functools import lru_cache
 
 import numpy as np
@@ -121,6 +122,14 @@ def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     fields = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, fields)
     return stream.getvalue()
+
+
+def snapshot(record: ArrayRecord) -> ArrayRecord:
+    """Return a record of the same bytes that later changes to `record` leave as it is."""
+    found = ArrayRecord()  # which takes no views of bytes when it is made, but here
+    for name, array in record.items():
+        found[name] = copy(array)
+    return found
 
 
 def raw_arrays(record: ArrayRecord) -> Iterator[tuple[str, str, tuple[int, ...], memoryview]]:

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from flwr.app import Context, Message
 from safetensors.torch import load_file
 
 from flwr_clicooper import CooperStrategy, LocalGrid, cooper_client
+from flwr_clicooper.chain import attestor
 from flwr_clicooper.chain.delivered import MODEL_FILE
 from flwr_clicooper.chain.marking import Marking
 from flwr_clicooper.chain.notary import Notary
@@ -168,7 +170,20 @@ def test_a_predecessors_statement_that_it_did_not_sign_is_refused(
         run(tmp_path)
 
 
-def test_tensors_that_were_changed_on_their_way_are_not_signed(tmp_path: Path) -> None:
+class Late:
+    """Computes digests as late as possible: when they are asked for."""
+
+    def submit(self, function: Callable[..., bytes], *args: Any) -> Any:
+        return SimpleNamespace(result=lambda: function(*args))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_tensors_that_were_changed_on_their_way_are_not_signed(
+    late: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if late:
+        monkeypatch.setattr(attestor, "_POOL", Late())
+
     def brighten(message: Message, context: Context, call_next: Any) -> Message:
         reply = call_next(message, context)
         here = (context.node_id, message.metadata.message_type)

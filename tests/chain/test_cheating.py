@@ -354,7 +354,7 @@ def test_the_next_trainer_does_not_go_on_from_a_retold_statement(
 def test_a_copied_statement_of_the_last_trainer_is_seen_by_the_owner(
     cheat: Callable[..., Path],
 ) -> None:
-    with pytest.raises(CooperError, match="trainer 2 did not disclose the key"):
+    with pytest.raises(CooperError, match="are not its last ones"):
         cheat(Copying, 2)
 
 
