@@ -14,26 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flwr_clicooper.cli import main
 from flwr_clicooper.commands.claim import PERMUTED, ranges
 from flwr_clicooper.errors import EvidenceError
 from flwr_clicooper.provenance.evidence import DisclosedKeys, OwnKeys
+from tests.commands import calls
 from tests.provenance.runs import Attempt, Made
 
 
 @pytest.fixture
 def made(tmp_path: Path) -> Made:
     made = Made(tmp_path / "7", 2, 3, model=True)
-    text = "\n".join(party.to_toml() for party in made.trust.parties)
-    (tmp_path / "trust.toml").write_text(text)
+    made.write_trust(tmp_path / "trust.toml")
     return made
-
-
-def calls(*argv: object) -> int:
-    try:
-        return main([str(part) for part in argv])
-    except SystemExit as stop:  # how argparse ends
-        return int(stop.code or 0)
 
 
 def claimed(capsys, *argv: object) -> tuple[int, dict[str, Any]]:

@@ -17,15 +17,9 @@ import pytest
 from flwr_clicooper.cli import main
 from flwr_clicooper.provenance.keys import Identity
 from flwr_clicooper.provenance.trust import Trust
+from tests.commands import calls
 
 KEY = str(Identity.new().public)
-
-
-def calls(*argv: object) -> int:
-    try:
-        return main([str(part) for part in argv])
-    except SystemExit as stop:  # how argparse ends
-        return int(stop.code or 0)
 
 
 def test_keygen_makes_an_identity_and_says_how_to_use_it(tmp_path: Path, capsys) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flwr_clicooper.cli import main
+from tests.commands import calls
 from tests.provenance.runs import Attempt, Made
 
 ATTEMPTS = (Attempt(), Attempt("7", 2, ("trainer 2",)))
@@ -20,13 +20,8 @@ ATTEMPTS = (Attempt(), Attempt("7", 2, ("trainer 2",)))
 @pytest.fixture
 def made(tmp_path: Path) -> Made:
     made = Made(tmp_path / "7", 2, 3, ATTEMPTS)
-    text = "\n".join(party.to_toml() for party in made.trust.parties)
-    (tmp_path / "trust.toml").write_text(text)
+    made.write_trust(tmp_path / "trust.toml")
     return made
-
-
-def calls(*argv: object) -> int:
-    return main([str(part) for part in argv])
 
 
 def test_a_run_that_holds(made: Made, tmp_path: Path, capsys) -> None:

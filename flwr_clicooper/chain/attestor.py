@@ -18,7 +18,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message
 from torch import Tensor
 
-from flwr_clicooper.chain.identity import RELAY, check_keys, own_identity
+from flwr_clicooper.chain.identity import check_keys, own_identity
 from flwr_clicooper.chain.messages import (
     ACTIVATIONS,
     GRADIENTS,
@@ -27,6 +27,8 @@ from flwr_clicooper.chain.messages import (
     Header,
     payload_bytes,
 )
+from flwr_clicooper.chain.roles import OWNER, RELAY, TRAINER
+from flwr_clicooper.chain.stage import Changes
 from flwr_clicooper.errors import EvidenceError
 from flwr_clicooper.grids.tensors import raw_arrays, snapshot
 from flwr_clicooper.options import Options
@@ -55,8 +57,6 @@ _OUT: dict[Action, dict[str, str]] = {
 }
 _POOL = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
 """Digests are computed beside the training, not in its way."""
-
-Changes = dict[str, Mapping[str, Tensor] | None]
 
 
 @dataclass
@@ -229,7 +229,7 @@ class Attestor:
                     f"the job differs from what {self.who} was set up for in {name!r}; "
                     "all parties must have the same app and run config"
                 )
-        role = "trainer" if self.stage else "owner"
+        role = TRAINER if self.stage else OWNER
         if job.party(role, self.stage) != self.identity.public:
             raise EvidenceError(f"the job names another key for {self.who}")
         check_keys(
@@ -248,7 +248,7 @@ class Attestor:
     @property
     def who(self) -> str:
         """What people call the party."""
-        return f"trainer {self.stage}" if self.stage else "the owner"
+        return in_words(TRAINER, self.stage) if self.stage else "the owner"
 
     # -- the log -------------------------------------------------------------------
 

@@ -10,13 +10,12 @@ from typing import Any
 from flwr.app import Context
 from flwr.common.logger import log
 
-from flwr_clicooper.chain.roles import OWNER, TRAINER, role_of
+from flwr_clicooper.chain.roles import OWNER, RELAY, TRAINER, role_of
 from flwr_clicooper.options import node_path
 from flwr_clicooper.privacy.sealing import Introduction, check
 from flwr_clicooper.provenance.keys import Identity, PublicIdentity, verify
 from flwr_clicooper.provenance.trust import Pins, Trust
 
-RELAY = "relay"
 _RUN_ONLY = "identity.pem"
 
 

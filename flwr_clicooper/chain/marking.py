@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from flwr_clicooper.provenance.watermark import BITS, EVERY, Watermark, skip_reason
+from flwr_clicooper.split.batches import Position
 
 OFF = "the option 'watermark' is false"
 
@@ -31,13 +32,13 @@ class Marking:
         if key != self._key:
             self._key, self._mark = key, None
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, at: Position) -> None:
         """Set the mark in a round's first step, and hold it in some of the others.
 
         Training then goes on around the mark. Set at the end alone, it would cost accuracy.
         """
-        if step % EVERY == 0 and (mark := self._watermark()) is not None:
-            if step == 0:
+        if at.step % EVERY == 0 and (mark := self._watermark()) is not None:
+            if at.step == 0:
                 mark.top_up(self._module)
             else:
                 mark.push(self._module)

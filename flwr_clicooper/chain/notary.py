@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flwr_clicooper.chain.identity import RELAY
 from flwr_clicooper.chain.messages import Action, Header
 from flwr_clicooper.chain.relay import Relay
-from flwr_clicooper.chain.roles import OWNER, TRAINER
+from flwr_clicooper.chain.roles import OWNER, RELAY, TRAINER
 from flwr_clicooper.errors import EvidenceError
 from flwr_clicooper.files import write_atomically
 from flwr_clicooper.options import Options
@@ -21,12 +20,12 @@ from flwr_clicooper.provenance.attestation import (
     JobParty,
     LogHead,
     RoundStatement,
-    canonical,
     now,
     parse_statement,
 )
 from flwr_clicooper.provenance.dsse import Envelope
 from flwr_clicooper.provenance.evidence import LINES_FILE, LOG_FILE, read_lines
+from flwr_clicooper.provenance.fields import canonical_digest
 from flwr_clicooper.provenance.keys import Identity, PublicIdentity
 from flwr_clicooper.provenance.log import MerkleLog
 
@@ -148,7 +147,7 @@ class Notary:
         self._shown.clear()
         fields: dict[int, dict[str, Any]] = {owner: {"job": text}}
         for stage, node_id in enumerate(trainers, start=1):
-            fields[node_id] = {"job": text, **self._shown_to(node_id)}
+            fields[node_id] = {"job": text, **self.shown_to(node_id)}
             if before is not None:
                 fields[node_id] |= {
                     "previous-job": before.to_json(),
@@ -178,7 +177,7 @@ class Notary:
             fields = {
                 "round": round_,
                 "predecessor": made[-1].to_json() if made else "",
-                **self._shown_to(node_id),
+                **self.shown_to(node_id),
             }
             header, _ = relay.ask(node_id, Action.ATTEST, fields, persist=True)
             made.append(self._checked(job, stage, header))
@@ -198,10 +197,6 @@ class Notary:
         merged = self.lines[place].with_signatures_of(given)
         merged.verify(self.job.party(TRAINER, stage), self.job.party(OWNER, 0))
         self.lines[place] = merged
-
-    def for_delivery(self, owner: int) -> dict[str, Any]:
-        """Return what the owner needs to sign the delivery: the log's head."""
-        return self._shown_to(owner)
 
     def delivered(self, header: Header) -> None:
         """Take the owner's statement on what was delivered."""
@@ -233,7 +228,7 @@ class Notary:
             initial=Job.parse(before.payload).initial if before else tuple(terms.initial),
             nonce=terms.nonce,
             parties=(*parties, JobParty(RELAY, 0, self.identity.public)),
-            subject=hashlib.sha256(canonical(terms.privacy)).hexdigest(),
+            subject=canonical_digest(terms.privacy),
         )
 
     def _checked(self, job: Job, stage: int, header: Header) -> Envelope:
@@ -243,7 +238,7 @@ class Notary:
 
     # -- the log -----------------------------------------------------------------------
 
-    def _shown_to(self, node_id: int) -> dict[str, Any]:
+    def shown_to(self, node_id: int) -> dict[str, Any]:
         """Return the fields that show a party the log, and that it has only grown."""
         if not self.log.size:
             return {"head": ""}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -60,7 +59,7 @@ from flwr_clicooper.errors import (
 )
 from flwr_clicooper.grids.tensors import decode, decode_places, encode_places
 from flwr_clicooper.privacy.class_scores import ClassScores
-from flwr_clicooper.provenance.attestation import canonical
+from flwr_clicooper.provenance.fields import canonical_digest
 from flwr_clicooper.provenance.watermark import skip_reason
 from flwr_clicooper.split.batches import Position
 from flwr_clicooper.split.modules import keeping_modes, load_weights
@@ -203,11 +202,10 @@ class Owner(Worker):
 
     def agreed(self) -> dict[str, Any]:
         """Return what the job must say, as the owner knows it, by field."""
-        privacy = canonical(self._privacy(self.release.allowed))
         return super().agreed() | {
             "nonce": self.statements.nonce,
             "cuts": tuple(tuple(map(str, cut)) for cut in self.specs),
-            "subject": hashlib.sha256(privacy).hexdigest(),
+            "subject": canonical_digest(self._privacy(self.release.allowed)),
         }
 
     def _privacy(self, made: int) -> dict[str, Any]:

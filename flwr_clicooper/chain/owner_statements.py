@@ -23,12 +23,12 @@ from flwr_clicooper.provenance.attestation import (
     FoundMark,
     OwnerStream,
     RoundStatement,
-    canonical,
     now,
     versions,
 )
 from flwr_clicooper.provenance.dsse import Envelope, keyid
 from flwr_clicooper.provenance.evidence import KEYS_FILE, DisclosedKeys
+from flwr_clicooper.provenance.fields import canonical_digest
 from flwr_clicooper.provenance.watermark import BITS, Watermark, commitment, is_accepted
 
 
@@ -209,15 +209,13 @@ class OwnerStatements(Attestor):
             rounds=job.rounds,
             attestations=tuple(self.kept.last[str(i + 1)] for i in range(job.trainers)),
             log=seen,
-            privacy=hashlib.sha256(canonical(privacy)).hexdigest(),
+            privacy=canonical_digest(privacy),
             metrics={k: v for k, v in metrics.items() if math.isfinite(v)},
             watermarks=tuple(
                 FoundMark(
                     BITS, commitment(bytes.fromhex(key)), matches, job.rounds, int(segment)
                 )
-                for segment, (matches, key) in sorted(
-                    self.kept.marks.items(), key=lambda it: int(it[0])
-                )
+                for segment, (matches, key) in self._marks()
             ),
             streams=tuple(self._own_streams(job.trainers)),
             time=now(),
@@ -227,11 +225,12 @@ class OwnerStatements(Attestor):
         return Envelope.sign(delivery.payload(), self.identity).to_json()
 
     def _marks(self) -> list[tuple[str, tuple[int, str]]]:
+        """Return matches and key by segment, in order."""
         return sorted(self.kept.marks.items(), key=lambda it: int(it[0]))
 
     def _keep_disclosed(self, round_: int) -> None:
         """Keep the disclosed keys beside the model, for its owner only."""
-        keys = {segment: key for segment, (_, key) in self.kept.marks.items()}
+        keys = {segment: key for segment, (_, key) in self._marks()}
         if keys:
             found = DisclosedKeys(job=self.job_digest, keys=keys, round=round_, run=self.run)
             path = run_folder(self.options, self.run) / KEYS_FILE
@@ -250,7 +249,7 @@ def _last_round(lines: Sequence[Envelope]) -> tuple[str, RoundStatement]:
     statements = [RoundStatement.parse(line.payload) for line in lines]
     chained = all(b.previous == a.digest for a, b in zip(lines, statements[1:], strict=False))
     kinds = [statement.kind for statement in statements[1:]]
-    if not chained or kinds[:1] != ["round"] or set(kinds[1:]) > {"start"}:
+    if not chained or kinds[:1] != ["round"] or set(kinds[1:]) - {"start"}:
         raise EvidenceError("the statements that came with a segment are not its last ones")
     if {it.subject for it in statements[1:]} != {statements[-1].subject}:
         raise EvidenceError("the segment changed after its last round")

@@ -310,7 +310,7 @@ class ChainRun:
             taken, _ = self.relay.ask(self.owner, Action.COLLECT, fields, given, persist=True)
             if self.notary is not None:
                 self.notary.countersigned(stage, taken)
-        fields = self.notary.for_delivery(self.owner) if self.notary else {}
+        fields = self.notary.shown_to(self.owner) if self.notary else {}
         header, _ = self.relay.ask(self.owner, Action.EVALUATE, fields)
         if self.notary is not None:
             self.notary.delivered(header)

@@ -93,7 +93,7 @@ class Repetition:
             lr_factor=self._lr_factor,
         )
         self.marking = Marking(self.module, wanted=options.watermark)
-        self.stage.before_step = lambda at: self.marking.before_step(at.step)
+        self.stage.before_step = self.marking.before_step
         self.fresh = {name: tensor.clone() for name, tensor in self.stage.escrow().items()}
 
     def settings(self, state: Mapping[str, Tensor]) -> Any:

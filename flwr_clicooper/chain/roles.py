@@ -15,6 +15,7 @@ from flwr_clicooper.options import Options, node_path
 OWNER = "owner"
 TRAINER = "trainer"
 STANDBY = "standby"
+RELAY = "relay"
 OWN_FOLDER = "owner-checkpoints"
 """Where the owner keeps its own part of closed rounds, in the folder of a run."""
 

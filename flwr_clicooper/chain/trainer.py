@@ -80,7 +80,7 @@ class Trainer(Worker):
             self.statements = TrainerStatements(session.context, store.folder, self.index)
             self.attestor = self.statements
         self.marking = Marking(self.module, wanted=options.watermark)
-        self.stage.before_step = self._before_step
+        self.stage.before_step = self.marking.before_step
 
     def _own_segment(self) -> torch.nn.Module:
         segments = build_segments(self.session.task, self.session.config)
@@ -168,9 +168,6 @@ class Trainer(Worker):
         every = self.session.options.audit_every
         if every and (at.step % every == 0 or at.step == self.plan.steps):
             self.statements.note_state(at, self.stage.escrow())
-
-    def _before_step(self, at: Position) -> None:
-        self.marking.before_step(at.step)
 
     def load(self) -> None:
         """Set segment, optimizer and the round's watermark to what the store has."""

@@ -10,24 +10,21 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
 from flwr_clicooper.errors import EvidenceError
 from flwr_clicooper.provenance.attestation import RoundStatement
 from flwr_clicooper.provenance.evidence import Line, RunEvidence
 from flwr_clicooper.provenance.fields import (
+    Document,
     Part,
-    canonical,
     digest,
-    exactly,
     integer,
     listed,
     of,
-    parsed,
     part,
     plain,
-    refuse,
     text,
 )
 from flwr_clicooper.provenance.flow import Flow
@@ -59,10 +56,11 @@ class Point(Part):
 
 
 @dataclass(frozen=True)
-class Challenge(Part):
+class Challenge(Document):
     """What a verifier asks trainers to open; `docs/attestation.md` has the fields."""
 
     WHAT: ClassVar[str] = "a challenge"
+    LIMIT: ClassVar[int] = MAX_CHALLENGE
     audits: int = of(integer(1, MAX_AUDITS))
     every: int = of(integer(1))
     nonce: str = of(digest())
@@ -143,25 +141,6 @@ class Challenge(Part):
     def until(self, point: Point) -> int:
         """Return the step up to which a point's steps go, itself not included."""
         return min(point.step + self.every, self.steps)
-
-    def to_bytes(self) -> bytes:
-        """Return the challenge as canonical JSON."""
-        return canonical(plain(self))
-
-    @classmethod
-    def parse(cls, data: bytes) -> Self:
-        """Return the challenge of some bytes; only what `to_bytes` gives is accepted.
-
-        Raises
-        ------
-        EvidenceError
-            The bytes are anything else.
-        """
-        names = [it.name for it in fields(cls)]
-        made = cls(**exactly(parsed(data, cls.WHAT, MAX_CHALLENGE), names, cls.WHAT))
-        if made.to_bytes() != data:
-            raise refuse(f"{cls.WHAT}: its spelling", "canonical JSON")
-        return made
 
 
 def _pace(run: RunEvidence) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from flwr_clicooper.provenance.attestation import LogHead, TreeHead
 from flwr_clicooper.provenance.check_statements import last_of
 from flwr_clicooper.provenance.checking import Case, NotChecked, Note, Problem
 from flwr_clicooper.provenance.evidence import LINES_FILE, LOG_FILE, Line, read_bytes
-from flwr_clicooper.provenance.fields import canonical
+from flwr_clicooper.provenance.fields import canonical_digest
 from flwr_clicooper.provenance.model_file import EMPTY, file_digest, segment_digests
 
 RUN_FILE, METRICS_FILE, PRIVACY_FILE = "run.toml", "metrics.jsonl", "privacy.json"
@@ -132,7 +131,7 @@ def _privacy(case: Case) -> str | Problem:
     try:
         data = read_bytes(case.folder / PRIVACY_FILE, MAX_SETTINGS)
         value = json.loads(data.decode(), object_pairs_hook=_object)
-        return hashlib.sha256(canonical(value)).hexdigest()
+        return canonical_digest(value)
     except (EvidenceError, ValueError, RecursionError):
         return Problem("it is missing, or not JSON", PRIVACY_FILE)
 

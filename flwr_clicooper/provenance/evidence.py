@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Generic, Self, TypeVar
@@ -19,15 +19,11 @@ from flwr_clicooper.provenance.attestation import (
 )
 from flwr_clicooper.provenance.dsse import MAX_ENVELOPE, Envelope
 from flwr_clicooper.provenance.fields import (
-    Part,
-    canonical,
+    Document,
     digest,
-    exactly,
     integer,
     mapped,
     of,
-    parsed,
-    plain,
     refuse,
     text,
 )
@@ -159,31 +155,8 @@ class RunEvidence:
         return cls(tuple(_line(i, envelope) for i, envelope in enumerate(envelopes)), head)
 
 
-class _KeysFile(Part):
-    """A file of watermark keys: one spelling, canonical JSON."""
-
-    def to_bytes(self) -> bytes:
-        """Return the file's content: canonical JSON."""
-        return canonical(plain(self))
-
-    @classmethod
-    def parse(cls, data: bytes) -> Self:
-        """Return the keys of a file's content; only what `to_bytes` gives is accepted.
-
-        Raises
-        ------
-        EvidenceError
-            The bytes are anything else.
-        """
-        names = [it.name for it in fields(cls)]
-        keys = cls(**exactly(parsed(data, cls.WHAT, MAX_ENVELOPE), names, cls.WHAT))
-        if keys.to_bytes() != data:
-            raise refuse(f"{cls.WHAT}: its spelling", "canonical JSON")
-        return keys
-
-
 @dataclass(frozen=True)
-class DisclosedKeys(_KeysFile):
+class DisclosedKeys(Document):
     """``watermark.json``: the keys of the last round's watermarks.
 
     Attributes
@@ -199,6 +172,7 @@ class DisclosedKeys(_KeysFile):
     """
 
     WHAT: ClassVar[str] = KEYS_FILE
+    LIMIT: ClassVar[int] = MAX_ENVELOPE
     job: str = of(digest())
     keys: Mapping[str, str] = of(mapped(text(), digest()))
     round: int = of(integer(1))
@@ -212,7 +186,7 @@ def _round_name(value: object, where: str) -> str:
 
 
 @dataclass(frozen=True)
-class OwnKeys(_KeysFile):
+class OwnKeys(Document):
     """``watermark-<stage>.json``: the keys of a trainer's own watermarks, a secret.
 
     Attributes
@@ -226,6 +200,7 @@ class OwnKeys(_KeysFile):
     """
 
     WHAT: ClassVar[str] = "watermark-<stage>.json"
+    LIMIT: ClassVar[int] = MAX_ENVELOPE
     keys: Mapping[str, str] = of(mapped(_round_name, digest()))
     run: str = of(text())
     segment: int = of(integer(1))

@@ -6,13 +6,14 @@ raises `EvidenceError` with where and what is allowed, never with the value.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from flwr_clicooper.errors import EvidenceError, TrustError
 from flwr_clicooper.provenance.keys import PublicIdentity
@@ -54,6 +55,11 @@ def canonical(value: Any) -> bytes:
         return text.encode()
     except (TypeError, ValueError, RecursionError):  # ValueError: NaN, or half a character
         raise refuse("a value", "what JSON can hold, without NaN or infinity") from None
+
+
+def canonical_digest(value: Any) -> str:
+    """Return the SHA-256 of a value's canonical JSON, in hex."""
+    return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def parsed(data: bytes | str, what: str, limit: int) -> Any:
@@ -279,6 +285,34 @@ class Part:
     def _demand(self, holds: bool, rule: str) -> None:
         if not holds:
             raise EvidenceError(f"{self.WHAT} contradicts itself: {rule}")
+
+
+class Document(Part):
+    """A record that is a file of its own, in one spelling: canonical JSON.
+
+    `LIMIT` is how many bytes it may have.
+    """
+
+    LIMIT: ClassVar[int] = MAX_STATEMENT
+
+    def to_bytes(self) -> bytes:
+        """Return the file's content."""
+        return canonical(plain(self))
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """Return the record of a file's content; only what `to_bytes` gives is accepted.
+
+        Raises
+        ------
+        EvidenceError
+            The bytes are anything else.
+        """
+        names = [it.name for it in fields(cls)]
+        made = cls(**exactly(parsed(data, cls.WHAT, cls.LIMIT), names, cls.WHAT))
+        if made.to_bytes() != data:
+            raise refuse(f"{cls.WHAT}: its spelling", "canonical JSON")
+        return made
 
 
 def plain(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -14,17 +14,14 @@ from flwr_clicooper.provenance.checking import Case, Check, Problem, Report, Rul
 from flwr_clicooper.provenance.dsse import Envelope
 from flwr_clicooper.provenance.evidence import LINES_FILE, Line, RunEvidence
 from flwr_clicooper.provenance.fields import (
-    Part,
+    Document,
     canonical,
     choice,
     digest,
-    exactly,
     integer,
     listed,
     of,
     parsed,
-    plain,
-    refuse,
 )
 from flwr_clicooper.provenance.log import check_inclusion
 from flwr_clicooper.provenance.trust import Trust
@@ -45,7 +42,7 @@ def _envelope(value: Any, where: str) -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
-class Proof(Part):
+class Proof(Document):
     """A statement of a run's log, and all that it takes to check that it is.
 
     Attributes
@@ -65,6 +62,7 @@ class Proof(Part):
     """
 
     WHAT: ClassVar[str] = "a proof"
+    LIMIT: ClassVar[int] = MAX_PROOF
     format: str = of(choice(FORMAT))
     envelope: Mapping[str, Any] = of(_envelope)
     jobs: tuple[Mapping[str, Any], ...] = of(listed(_envelope, 1))
@@ -94,25 +92,6 @@ class Proof(Part):
         jobs = tuple(_object(job.envelope) for job in run.jobs)
         envelope, head = _object(line.envelope), _object(run.head.envelope)
         return cls(FORMAT, envelope, jobs, line.index, len(run.lines), tuple(path), head)
-
-    def to_bytes(self) -> bytes:
-        """Return the proof as canonical JSON."""
-        return canonical(plain(self))
-
-    @classmethod
-    def parse(cls, data: bytes) -> Self:
-        """Return the proof of some bytes; only what `to_bytes` gives is accepted.
-
-        Raises
-        ------
-        EvidenceError
-            The bytes are anything else.
-        """
-        names = [it.name for it in fields(cls)]
-        proof = cls(**exactly(parsed(data, cls.WHAT, MAX_PROOF), names, cls.WHAT))
-        if proof.to_bytes() != data:
-            raise refuse(f"{cls.WHAT}: its spelling", "canonical JSON")
-        return proof
 
     @property
     def evidence(self) -> RunEvidence:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from flwr_clicooper.errors import EvidenceError
 from flwr_clicooper.provenance.keys import PublicIdentity
+from flwr_clicooper.provenance.streams import framed
 
 BITS = 256
 ACCEPT = 208
@@ -90,9 +91,7 @@ def round_key(
             f"a watermark secret of {len(secret)} bytes and a chain of {len(chain)}; allowed "
             f"are at least {KEY_BYTES} bytes and {KEY_BYTES}"
         )
-    texts = ("clicooper/wm/v1", run, str(segment), str(round), signer.digest.hex())
-    parts = [text.encode() for text in texts]
-    info = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+    info = framed("clicooper/wm/v1", run, str(segment), str(round), signer.digest.hex())
     return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=chain, info=info).derive(secret)
 
 

@@ -516,6 +516,18 @@ def test_a_message_of_another_segment_or_round_is_measured_where_it_is_trained_o
         run(tmp_path / "b", seal=False)
 
 
+def test_statements_of_other_rounds_at_delivery_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def more(self: Notary, stage: int) -> dict[str, list[str]]:
+        places = self._of_segment[stage]
+        return {"statements": [self.lines[place].to_json() for place in places]}
+
+    monkeypatch.setattr(Notary, "for_collection", more)
+    with pytest.raises(ClientError, match="are not its last ones"):
+        run(tmp_path)
+
+
 def test_no_key_is_disclosed_before_the_end(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

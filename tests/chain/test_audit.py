@@ -27,7 +27,7 @@ from flwr_clicooper.provenance.verify import verify_run
 from tests.chain.audited import EVERY, WIDTH, WideTask, audit_all, audit_one, wide_run
 from tests.chain.test_recovery import Saboteur
 from tests.provenance.runs import Made
-from tests.tasks import ConvTask, LinearTask, nodes, run_local
+from tests.tasks import ConvTask, Counter, LinearTask, nodes, run_local
 from tests.test_exactness import ForgetfulGrid, task_for
 
 # -- honest runs -----------------------------------------------------------------------
@@ -90,16 +90,6 @@ def test_another_optimizer_passes(tmp_path: Path) -> None:
 
 
 def test_a_segment_with_nothing_to_train_and_a_hidden_buffer_pass(tmp_path: Path) -> None:
-    class Counter(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("count", torch.zeros(()), persistent=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            if self.training:
-                self.count += 1
-            return x * (1 + self.count / 10)
-
     class Task(LinearTask):
         def segments(self, config: Any) -> list[nn.Module]:
             head, _, last = super().segments(config)

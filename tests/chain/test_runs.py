@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from flwr_clicooper import CooperStrategy, LocalGrid, SplitTask, cooper_client, load_delivered
 from flwr_clicooper.chain.serve import CACHE
 from flwr_clicooper.errors import CooperError, DeliveryError, OptionError
-from tests.tasks import LinearTask, nodes, run_local, step_losses, verified
+from tests.tasks import Counter, LinearTask, nodes, run_local, step_losses, verified
 from tests.test_exactness import ForgetfulGrid
 
 
@@ -497,16 +497,6 @@ def test_a_segment_may_return_a_list_and_tie_its_own_weights(tmp_path: Path) -> 
 
 
 def test_buffers_that_are_not_in_the_state_dict_survive_a_new_process(tmp_path: Path) -> None:
-    class Counter(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("count", torch.zeros(()), persistent=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            if self.training:
-                self.count += 1
-            return x * (1 + self.count / 10)
-
     class Task(LinearTask):
         def segments(self, config: Any) -> list[nn.Module]:
             head, middle, last = super().segments(config)

@@ -37,6 +37,7 @@ from flwr_clicooper.provenance.log import MerkleLog
 from flwr_clicooper.provenance.statement import Statement
 from flwr_clicooper.provenance.trust import Party, Trust
 from flwr_clicooper.provenance.verify import Report
+from tests.provenance.signed import TIME
 
 OPTIONS: dict[str, Any] = {
     "release": "clean",
@@ -50,7 +51,6 @@ OPTIONS: dict[str, Any] = {
 }
 RECORDS = 100
 PRIVACY = {"format": "flwr-clicooper/privacy/v1", "epsilon": 2.5, "words": "Nothing leaves."}
-TIME = "2026-05-01T12:00:00Z"
 VERSIONS = {"flwr-clicooper": "0.1.0", "python": "3.12.0", "torch": "2.6.0"}
 WIDTH = 128
 """Of a segment of the model: 128 x 128 weights carry a watermark."""
@@ -357,6 +357,10 @@ class Made:
         head = LogHead(log.root().hex(), self.jobs[-1].run, log.size, TIME, files)
         signed = Envelope.sign(alter("log", head).payload(), self.parties[who])
         self.write("log.json", signed.to_json() + "\n")
+
+    def write_trust(self, path: Path) -> None:
+        """Write the trust file of all parties."""
+        path.write_text("\n".join(party.to_toml() for party in self.trust.parties))
 
     def write(self, name: str, text: str) -> None:
         (self.folder / name).write_text(text)

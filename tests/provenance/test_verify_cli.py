@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from flwr_clicooper.cli import main
 from flwr_clicooper.provenance.evidence import load_run
 from flwr_clicooper.provenance.fields import canonical
 from flwr_clicooper.provenance.keys import Identity
 from flwr_clicooper.provenance.proof import Proof, check_proof
 from flwr_clicooper.provenance.trust import Trust
 from flwr_clicooper.provenance.verify import RULES
+from tests.commands import calls
 from tests.provenance.runs import Attempt, Made, failed, sha
 
 NAMES = ["attestations.jsonl", "log.json", *(rule.name for rule in RULES)]
@@ -28,16 +28,8 @@ NAMES = ["attestations.jsonl", "log.json", *(rule.name for rule in RULES)]
 @pytest.fixture
 def made(tmp_path: Path) -> Made:
     made = Made(tmp_path / "7", 3, 3, (Attempt(), Attempt("8", 2, ("relay", "trainer 1"))))
-    text = "\n".join(party.to_toml() for party in made.trust.parties)
-    (tmp_path / "trust.toml").write_text(text)
+    made.write_trust(tmp_path / "trust.toml")
     return made
-
-
-def calls(*argv: object) -> int:
-    try:
-        return main([str(part) for part in argv])
-    except SystemExit as stop:  # how argparse ends
-        return int(stop.code or 0)
 
 
 def trust_of(made: Made) -> Path:
