@@ -7,6 +7,7 @@ takes in and gives out, and follows the relay's log.
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -57,6 +58,8 @@ _OUT: dict[Action, dict[str, str]] = {
 }
 _POOL = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
 """Digests are computed beside the training, not in its way."""
+_AHEAD = 16
+"""How many a party may leave to be computed, so that their tensors cannot fill its memory."""
 
 
 @dataclass
@@ -121,7 +124,7 @@ class Attestor:
         self.options = Options.from_config(context.run_config)
         self.kept = Kept()
         self.streams: dict[int, Streams] = {}
-        self._pending: list[tuple[int, str, Position, Future[bytes]]] = []
+        self._pending: deque[tuple[int, str, Position, Future[bytes]]] = deque()
         self._changed: set[int] = set()
 
     @cached_property
@@ -178,15 +181,16 @@ class Attestor:
         arrays = snapshot(record)  # mods may change the message before its turn comes
         digest = _POOL.submit(self._measure, stream, (round_, *place[1:]), arrays)
         self._pending.append((segment, stream, place, digest))
+        self.settle(_AHEAD)
 
     def _measure(self, stream: str, at: Position, record: ArrayRecord) -> bytes:
         """Return the digest of arrays."""
         return arrays_digest(raw_arrays(record))
 
-    def settle(self) -> None:
-        """Wait for the digests that are still being computed."""
-        pending, self._pending = self._pending, []
-        for segment, stream, place, digest in pending:
+    def settle(self, left: int = 0) -> None:
+        """Wait for the digests that are still being computed, but for some that came last."""
+        while len(self._pending) > left:
+            segment, stream, place, digest = self._pending.popleft()
             self._settle(segment, stream, place, digest.result())
             self._changed.add(segment)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Sequence
+
+from blake3 import blake3
 
 from flwr_clicooper.errors import EvidenceError
 from flwr_clicooper.provenance.fields import canonical, integer, mapped, parsed, refuse
@@ -39,6 +40,9 @@ def framed(*parts: str | Data) -> bytes:
 def arrays_digest(arrays: Iterable[tuple[str, str, Sequence[int], Data]]) -> bytes:
     """Return the digest of a set of arrays, 32 bytes.
 
+    It is BLAKE3, several times as fast as SHA-256 on vector units: every party hashes
+    every tensor of a step, twice the chain's traffic.
+
     Parameters
     ----------
     arrays : iterable of (str, str, sequence of int, bytes)
@@ -56,13 +60,14 @@ def arrays_digest(arrays: Iterable[tuple[str, str, Sequence[int], Data]]) -> byt
         if name in found:
             raise EvidenceError(f"two arrays have the same name {name[:64]!r}")
         found[name] = (dtype, shape, data)
-    hashed = hashlib.sha256()
+    hashed = blake3()
     for name in sorted(found, key=_order):
         dtype, shape, data = found[name]
         hashed.update(framed(name, dtype, ",".join(map(str, shape))))
-        size = data.nbytes if isinstance(data, memoryview) else len(data)
-        hashed.update(size.to_bytes(8, "big"))
-        hashed.update(data)  # not by `framed`, which would copy it
+        view = memoryview(data)
+        hashed.update(view.nbytes.to_bytes(8, "big"))
+        if view.nbytes:  # without, there is nothing to cast
+            hashed.update(view.cast("B"))  # not by `framed`, which would copy it
     return hashed.digest()
 
 

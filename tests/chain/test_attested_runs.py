@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import stat
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -173,8 +174,20 @@ def test_a_predecessors_statement_that_it_did_not_sign_is_refused(
 class Late:
     """Computes digests as late as possible: when they are asked for."""
 
+    def __init__(self) -> None:
+        self.waiting: Counter[int] = Counter()
+        self.most = 0
+
     def submit(self, function: Callable[..., bytes], *args: Any) -> Any:
-        return SimpleNamespace(result=lambda: function(*args))
+        party = id(function.__self__)  # type: ignore[attr-defined]
+        self.waiting[party] += 1
+        self.most = max(self.most, self.waiting[party])
+
+        def result() -> bytes:
+            self.waiting[party] -= 1
+            return function(*args)
+
+        return SimpleNamespace(result=result)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -195,6 +208,16 @@ def test_tensors_that_were_changed_on_their_way_are_not_signed(
 
     with pytest.raises(ClientError, match="trainer 1 signed other gradients-in than"):
         run(tmp_path, brighten)
+
+
+def test_a_party_leaves_few_tensors_to_be_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    late = Late()
+    monkeypatch.setattr(attestor, "_POOL", late)
+    run(tmp_path, link="live", batch_size=4)
+    assert 4 < late.most <= attestor._AHEAD + 1
+    assert not +late.waiting
 
 
 def test_a_log_that_did_not_grow_out_of_the_last_one_is_refused(
