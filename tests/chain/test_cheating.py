@@ -45,12 +45,16 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> dict[int, Trainer]:
 def cheat(
     workers: dict[int, Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
-    """Train with one cheater; return the run's folder, whose evidence holds."""
+    """Train with a cheater in one stage, or in all for 0; return the run's folder.
+
+    Its evidence holds.
+    """
 
     def run(kind: type[Trainer], stage: int = 1, trainers: int = 2, **options: Any) -> Path:
 
         def make(session: Any, store: Any, setup: Any) -> Trainer:
-            worker = (kind if setup["stage"] == stage else Trainer)(session, store, setup)
+            cheats = stage in (0, setup["stage"])
+            worker = (kind if cheats else Trainer)(session, store, setup)
             worker.others = workers  # type: ignore[attr-defined]
             workers[setup["stage"]] = worker
             return worker
@@ -217,6 +221,17 @@ class Marking(Stepping):
         self.no_step()
 
 
+class Adding(Stepping):
+    """Takes a step on data of its own after each that was agreed on."""
+
+    def own_step(self, lr_factor: float) -> None:
+        self.honest_step(lr_factor)
+        with torch.random.fork_rng():
+            own = torch.randn(12, *self.stage.incoming[0].shape)
+            self.module(own).square().mean().backward()
+        self.honest_step(lr_factor)
+
+
 class Slow(Trainer):
     """Has an optimizer with another learning rate."""
 
@@ -278,6 +293,7 @@ NOT_GIVEN = "the state after step 2 is not what these inputs and the agreed lear
     [
         (Halving, Point(1, 1, 0), NOT_GIVEN),
         (Marking, Point(1, 1, 0), NOT_GIVEN),
+        (Adding, Point(1, 1, 0), NOT_GIVEN),
         (SecretlySlow, Point(1, 1, 0), NOT_GIVEN),
         (Slow, Point(1, 1, 0), "'lr' is 0.001, not 0.05"),
         (
@@ -294,6 +310,16 @@ def test_steps_that_were_not_agreed_on_are_for_the_audit(
     kind: type[Trainer], point: Point, what: str, cheat: Callable[..., Path]
 ) -> None:
     caught(cheat(kind), WideTask(2), point, what)
+
+
+def test_trainers_that_all_sign_steps_that_nobody_made_are_for_the_audit(
+    cheat: Callable[..., Path],
+) -> None:
+    run_dir = cheat(Marking, stage=0)
+    assert verify_run(run_dir).ok
+    for segment in (1, 2):
+        outcome = audit_one(run_dir, WideTask(2), Point(segment, 1, 0))
+        assert (outcome.passed, NOT_GIVEN in outcome.what) == (False, True)
 
 
 def test_steps_that_were_not_made_are_seen_in_the_statement(
