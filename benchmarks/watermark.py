@@ -195,7 +195,7 @@ def distil(model: nn.Sequential, kind: str, then: Callable[[nn.Sequential], None
 def robustness(run: Run, given: Data, scale: Scale) -> list[dict[str, Any]]:
     rows, nulls = [], independent(run.name[0], given, scale)
     probes = given.x_test[:512]
-    newest = {f"{s}.": run.marks[s, scale.rounds] for s in SEGMENTS}
+    newest = [(f"{s}.", run.marks[s, scale.rounds]) for s in SEGMENTS]
     for name, attack in track(list(attacks(run, given, scale)), f"attacks, {run.name[0]}"):
         suspect = copy.deepcopy(run.model)
         attack(suspect)
@@ -212,7 +212,7 @@ def robustness(run: Run, given: Data, scale: Scale) -> list[dict[str, Any]]:
         }
         if name.startswith(("permute", "distil")):
             verdicts = judge(newest, run.model, suspect, nulls, probes)
-            row["aligned"] = [verdicts[prefix].as_dict() for prefix in newest]
+            row["aligned"] = [verdict.as_dict() for verdict in verdicts]
         rows.append(row)
     return [*rows, chance(run, nulls, probes, scale)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import shlex
@@ -11,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr_clicooper.errors import CooperError, EvidenceError
+from flwr_clicooper.commands.tasks import add_task, load_task
+from flwr_clicooper.errors import EvidenceError
 from flwr_clicooper.files import write_atomically
 from flwr_clicooper.provenance.trust import Trust
 
@@ -30,15 +30,7 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         "audit", help="repeat steps that a nonce chooses, from what trainers open"
     )
     command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="such as runs/<run-id>")
-    command.add_argument(
-        "--task",
-        required=True,
-        metavar="MODULE:NAME",
-        help="your own copy of the run's SplitTask, such as my_app.task:MyTask",
-    )
-    command.add_argument(
-        "--app-dir", type=Path, default=Path(), metavar="DIR", help="where the module is"
-    )
+    add_task(command, required=True)
     command.add_argument(
         "--steps",
         type=_count,
@@ -146,32 +138,6 @@ def load_challenge(path: Path) -> Challenge:
     from flwr_clicooper.provenance.evidence import read_bytes
 
     return Challenge.parse(read_bytes(path, MAX_CHALLENGE))
-
-
-def load_task(name: str, app_dir: Path) -> SplitTask:
-    """Return the task that ``MODULE:NAME`` means: an instance, or a class without arguments.
-
-    Raises
-    ------
-    CooperError
-        There is no such module or name, or it is no task.
-    """
-    from flwr_clicooper.task import SplitTask
-
-    module, _, attribute = name.partition(":")
-    if not module or not attribute.isidentifier():
-        raise CooperError(f"--task {name!r} is not MODULE:NAME, such as my_app.task:MyTask")
-    sys.path.insert(0, str(app_dir.expanduser().absolute()))
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-        task = found() if isinstance(found, type) and issubclass(found, SplitTask) else found
-    except (ImportError, AttributeError, TypeError) as error:
-        raise CooperError(f"--task {name!r} cannot be loaded: {error}") from error
-    finally:
-        sys.path.pop(0)
-    if not isinstance(task, SplitTask):
-        raise CooperError(f"--task {name!r} is no SplitTask, but a {type(task).__name__}")
-    return task
 
 
 def _unopened(challenge: Challenge, run_dir: Path) -> list[int]:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flwr_clicooper.commands import realigned
 from flwr_clicooper.errors import EvidenceError
 from flwr_clicooper.provenance.trust import Trust
 
@@ -27,8 +28,8 @@ NEEDED = (
 )
 """Checks that must not fail, or it is not known who committed to what, and before what."""
 PERMUTED = (
-    "A model whose neurons were permuted or rescaled shows no watermark here: see realign and "
-    "judge of flwr_clicooper.provenance.realign, which need the models themselves."
+    "A model whose neurons were permuted or rescaled shows no watermark as it is: give "
+    "--task, --nulls and --probes to have them put back first."
 )
 Commands = argparse._SubParsersAction  # what `add_subparsers` returns has no public name
 
@@ -91,16 +92,18 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         "--trust", type=Path, metavar="FILE", help="such as trust.toml; it has the names"
     )
     command.add_argument("--json", action="store_true", help="for machines")
+    realigned.add_to(command)
     command.set_defaults(command=claim)
 
 
 def claim(arguments: argparse.Namespace) -> int:
     """Look for the watermarks of a run in a model."""
     run_dir: Path = arguments.run.expanduser()
+    aligning = realigned.wanted(arguments)
     facts = _facts(run_dir, arguments.trust)
     commitments = {it.digest: it for it in commitments_of(facts)}
     given = read_keys(_files(run_dir, arguments.keys), commitments)
-    report = _compare(arguments.model.expanduser(), commitments, given)
+    report = _compare(arguments, commitments, given, aligning=aligning)
     missing = [it for it in commitments.values() if it.digest not in given.keys]
     if arguments.json:
         print(json.dumps(_as_json(facts, report, commitments, given), indent=2))
@@ -183,27 +186,27 @@ def read_keys(files: Iterable[Path], commitments: Iterable[str]) -> Given:
 
 
 def _compare(
-    model: Path, commitments: dict[str, Commitment], given: Given
+    arguments: argparse.Namespace,
+    commitments: dict[str, Commitment],
+    given: Given,
+    *,
+    aligning: bool,
 ) -> ClaimReport | None:
     """Return what the keys find in a model, or nothing if there are none.
 
     Raises
     ------
-    EvidenceError
-        The model cannot be read.
+    CooperError
+        The model cannot be read, or cannot be re-aligned.
     """
+    model: Path = arguments.model.expanduser()
     if not model.is_file():
         raise EvidenceError(f"{model} is missing or no file")
     if not given.keys:
         return None
-    from safetensors.torch import load_file
-
     from flwr_clicooper.provenance.claim import WatermarkKey, claim
 
-    try:
-        suspect = load_file(model)
-    except Exception:  # safetensors raises many kinds
-        raise EvidenceError(f"{model} is not a safetensors file") from None
+    suspect = realigned.read_tensors(model)
     chosen = sorted(
         (commitments[digest] for digest in given.keys), key=lambda commitment: commitment.place
     )
@@ -211,7 +214,10 @@ def _compare(
         WatermarkKey(it.line.statement.run, *it.place, given.keys[it.digest], it.digest)
         for it in chosen
     ]
-    return claim(suspect, keys)
+    report = claim(suspect, keys, suspects=2 if aligning else 1)
+    if not aligning:
+        return report
+    return report.with_aligned(realigned.verdicts(arguments, suspect, keys, report.tests))
 
 
 # -- what is said --------------------------------------------------------------------------
@@ -260,11 +266,13 @@ def _show(
     console = Console()
     console.print(Text(_verdict(facts, report), "bold"), soft_wrap=True)
     if report is not None:
+        aligned = any(it.aligned for it in report.findings)
         table = Table(
             *("trainer", "fingerprint", "segment", "round"),
             Column("matches", justify="right"),
             Column("by chance", justify="right"),
             "accepted",
+            *(("re-aligned", "null models at most", "accepted") if aligned else ()),
             box=SIMPLE_HEAD,
         )
         for finding in report.findings:
@@ -272,7 +280,8 @@ def _show(
         console.print(table)
         text = f"By chance: at most so likely, over all {report.tests} comparisons together."
         console.print(Text(text), soft_wrap=True)
-    for text in [*_without_key(facts, missing), *_strange(given), PERMUTED]:
+    hint = [] if report is not None and aligned else [PERMUTED]
+    for text in [*_without_key(facts, missing), *_strange(given), *hint]:
         console.print(Text(text), soft_wrap=True)
 
 
@@ -311,7 +320,16 @@ def _cells(facts: Facts, it: Finding) -> tuple[str, ...]:
         f"{it.matches} of {it.bits}",
         chance,
         "yes" if it.accepted else f"no: {it.skipped}" if it.skipped else "no",
+        *_aligned(it),
     )
+
+
+def _aligned(it: Finding) -> tuple[str, ...]:
+    if it.aligned is None:
+        return ()
+    found = it.aligned
+    matches = f"{found.matches} of {it.bits}"
+    return matches, str(max(found.nulls)), "yes" if found.accepted else "no"
 
 
 def _without_key(facts: Facts, missing: list[Commitment]) -> Iterator[str]:

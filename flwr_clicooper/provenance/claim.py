@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -18,6 +19,9 @@ from flwr_clicooper.provenance.watermark import (
     log2_false_positive,
     too_small,
 )
+
+if TYPE_CHECKING:
+    from flwr_clicooper.provenance.realign import Verdict
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Finding:
         Whether the suspect carries this watermark.
     skipped : str
         Why the suspect cannot carry it, or empty.
+    aligned : Verdict or None
+        What it shows after its units were put back, if that was asked for.
     """
 
     run: str
@@ -72,6 +78,17 @@ class Finding:
     log2_false_positive: float
     accepted: bool
     skipped: str = ""
+    aligned: Verdict | None = None
+
+    @property
+    def carried(self) -> bool:
+        """Whether the suspect carries this watermark, as it is or re-aligned."""
+        return self.accepted or (self.aligned is not None and self.aligned.accepted)
+
+    def as_dict(self) -> dict[str, object]:
+        """Return what JSON takes."""
+        aligned = self.aligned and self.aligned.as_dict()
+        return {**vars(self), "aligned": aligned}
 
 
 @dataclass(frozen=True)
@@ -92,15 +109,20 @@ class ClaimReport:
     @property
     def accepted(self) -> tuple[Finding, ...]:
         """The watermarks that the suspect carries."""
-        return tuple(finding for finding in self.findings if finding.accepted)
+        return tuple(finding for finding in self.findings if finding.carried)
 
     def as_dict(self) -> dict[str, object]:
         """Return what JSON takes; no keys."""
         return {
             "accepted": bool(self.accepted),
             "tests": self.tests,
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [finding.as_dict() for finding in self.findings],
         }
+
+    def with_aligned(self, verdicts: Sequence[Verdict]) -> ClaimReport:
+        """Return the report with what each key finds after re-alignment, in its order."""
+        found = zip(self.findings, verdicts, strict=True)
+        return replace(self, findings=tuple(replace(it, aligned=v) for it, v in found))
 
 
 def claim(

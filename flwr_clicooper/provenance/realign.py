@@ -14,14 +14,15 @@ trained independently and aligned in the same way, and accepts only what exceeds
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from statistics import fmean
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from flwr_clicooper.errors import EvidenceError
 from flwr_clicooper.provenance.watermark import (
@@ -124,49 +125,57 @@ def realign(
     return weights
 
 
+def can_follow(module: nn.Module) -> bool:
+    """Return whether a module has only layers that `realign` takes."""
+    try:
+        return bool(list(_layers(module)))
+    except EvidenceError:
+        return False
+
+
 def judge(
-    marks: Mapping[str, Watermark],
+    marks: Sequence[tuple[str, Watermark]],
     reference: nn.Sequential,
     suspect: nn.Sequential,
-    nulls: Sequence[nn.Sequential],
+    nulls: Iterable[nn.Sequential],
     probes: Tensor,
     *,
-    suspects: int = 1,
-) -> dict[str, Verdict]:
+    tests: int = 0,
+) -> list[Verdict]:
     """Align a suspect and the null models, and say which watermarks the suspect has.
 
     Parameters
     ----------
-    marks : mapping of str to Watermark
-        By what the names of the marked segment's weights begin with in the modules: ``1.``
-        for segment 1 of a whole model, nothing for a segment alone.
+    marks : sequence of (str, Watermark)
+        Each with what the names of the marked segment's weights begin with in the modules:
+        ``1.`` for segment 1 of a whole model, nothing for a segment alone.
     reference, suspect, probes
         As in `realign`.
-    nulls : sequence of nn.Sequential
+    nulls : iterable of nn.Sequential
         At least `NULLS` models of the same layers, trained by nobody who saw the reference.
-    suspects : int
-        Models that are looked at in all; for the bound.
+    tests : int
+        Comparisons that are made in all, for the bound; at least one for each mark.
 
     Returns
     -------
-    dict of str to Verdict
-        By the same names.
+    list of Verdict
+        One for each mark.
 
     Raises
     ------
     EvidenceError
         There are too few null models, or as in `realign` and `Watermark.matches`.
     """
-    if len(nulls) < NULLS:
+    matches: list[list[int]] = [[] for _ in marks]
+    for module in chain([suspect], nulls):
+        weights = realign(reference, module, probes)
+        for found, (prefix, mark) in zip(matches, marks, strict=True):
+            found.append(mark.matches(inside(weights, prefix)))
+    if (given := min(map(len, matches), default=1) - 1) < NULLS:
         raise EvidenceError(
-            f"{len(nulls)} null models; allowed are at least {NULLS}, independently trained"
+            f"{given} null models; allowed are at least {NULLS}, independently trained"
         )
-    aligned = [realign(reference, module, probes) for module in (suspect, *nulls)]
-    tests = len(marks) * suspects
-    return {
-        prefix: _verdict([mark.matches(inside(x, prefix)) for x in aligned], tests)
-        for prefix, mark in marks.items()
-    }
+    return [_verdict(found, max(tests, len(marks))) for found in matches]
 
 
 def _verdict(matches: Sequence[int], tests: int) -> Verdict:
@@ -199,8 +208,11 @@ def _answers(
 
 def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield all layers of nested sequentials in the order in which they run."""
-    if isinstance(module, nn.Sequential):
-        for name, child in module.named_children():
+    children = module.named_children() if isinstance(module, nn.Sequential) else None
+    if isinstance(module, fx.GraphModule):
+        children = _traced(module)
+    if children is not None:
+        for name, child in children:
             yield from _layers(child, f"{prefix}.{name}" if prefix else name)
         return
     grouped = getattr(module, "groups", 1) != 1
@@ -212,6 +224,18 @@ def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             "ReLU, pooling, flatten and dropout"
         )
     yield prefix, module
+
+
+def _traced(module: fx.GraphModule) -> Iterator[tuple[str, nn.Module]] | None:
+    """Return the layers of a traced segment if each has the one before as its only input."""
+    start, *nodes, end = module.graph.nodes
+    for before, node in pairwise([start, *nodes]):
+        if node.op != "call_module" or node.args != (before,) or node.kwargs:
+            return None
+    last = [start, *nodes][-1]
+    if end.args[0] not in (last, (last,)):
+        return None
+    return ((str(node.target), module.get_submodule(str(node.target))) for node in nodes)
 
 
 def _kind(layer: nn.Module) -> tuple[type[nn.Module], tuple[torch.Size, ...]]:

@@ -146,7 +146,7 @@ def test_a_fine_tuned_and_shuffled_suspect_is_found_and_null_models_are_not() ->
         null = network(seed)
         train(null, seed, steps=3)
         nulls.append(null)
-    verdict = judge({"": watermark}, module, suspect, nulls, PROBES)[""]
+    (verdict,) = judge([("", watermark)], module, suspect, nulls, PROBES)
     assert verdict.accepted
     assert verdict.matches >= ACCEPT
     assert max(verdict.nulls) < ACCEPT
@@ -156,7 +156,7 @@ def test_a_fine_tuned_and_shuffled_suspect_is_found_and_null_models_are_not() ->
 
     other = network(1000)
     train(other, 1000)
-    refused = judge({"": watermark}, module, shuffled(other), nulls, PROBES)[""]
+    (refused,) = judge([("", watermark)], module, shuffled(other), nulls, PROBES)
     assert not refused.accepted
 
 
@@ -164,11 +164,14 @@ def test_what_does_not_exceed_the_null_models_is_not_accepted() -> None:
     module, watermark = marked()
     nulls = [module] * NULLS
     second = Watermark(KEY, module[1].state_dict())
-    verdicts = judge({"": watermark, "1.": second}, module, shuffled(module), nulls, PROBES)
-    assert verdicts[""] == Verdict(BITS, (BITS,) * NULLS, -255.0, accepted=False)
-    assert verdicts["1."].matches < ACCEPT
+    marks = [("", watermark), ("1.", second)]
+    one, two = judge(marks, module, shuffled(module), nulls, PROBES)
+    assert one == Verdict(BITS, (BITS,) * NULLS, -255.0, accepted=False)
+    assert two.matches < ACCEPT
+    (more,) = judge(marks[:1], module, shuffled(module), nulls, PROBES, tests=8)
+    assert more.log2_false_positive == -253.0
     with pytest.raises(EvidenceError, match="29 null models; allowed are at least 30"):
-        judge({"": watermark}, module, module, nulls[1:], PROBES)
+        judge(marks, module, module, nulls[1:], PROBES)
 
 
 def test_models_and_probes_stay_as_they_are() -> None:
