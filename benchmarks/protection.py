@@ -1,86 +1,131 @@
 """What protection costs: training time with sealing, attestations, and watermarks.
 
-The quickstart's CNN with 3 trainers in a stock deployment (SuperLink and SuperNodes on
-loopback, live links, TLS), with one protection more in each run. The speed of a machine
-drifts, so the runs take turns, each time in another order, and compared is what ran in the
-same turn: the median of whole rounds, with all that a round's end costs. The first round, in
-which memory and caches settle, is left out. Beside the cost stands its range over the turns,
-which tells how far to trust it.
+The quickstart's CNN with 3 trainers, with one protection more in each run: all parties in one
+process on a LocalGrid, or with ``--deployment`` in a stock federation (SuperLink and SuperNodes
+on loopback, live links, TLS). The speed of a machine drifts, so the runs take turns, each time
+in another order, and compared is what ran in the same turn: the median step, and the median
+round with all that a round's end costs. The first round, in which memory and caches settle, is
+left out. Beside the cost stand the quartiles over the turns, which tell how far to trust it.
 
-    python benchmarks/protection.py [--repeats 6] [--rounds 5]
+    python benchmarks/protection.py [--deployment] [--turns 12] [--rounds 3]
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "quickstart")]
 
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from benchmarks.chain import BATCH, TRAINERS, Few  # noqa: E402
 from benchmarks.machine import machine, save  # noqa: E402
-from benchmarks.throughput import BATCH, STEPS, chain, noted  # noqa: E402
+from benchmarks.throughput import STEPS, chain, noted  # noqa: E402
 from examples.deployment.federation import Federation, NodeConfig  # noqa: E402
+from flwr_clicooper import CooperStrategy, LocalGrid, cooper_client  # noqa: E402
 
-TRAINERS = 3
+KINDS = ("seal", "attest", "watermark")
 MODES = {
-    "nothing": "seal=false attest=false watermark=false",
-    "sealing": "seal=true attest=false watermark=false",
-    "sealing, attestations": "seal=true attest=true watermark=false",
-    "sealing, attestations, watermarks": "seal=true attest=true watermark=true",
+    "nothing": (False, False, False),
+    "sealing": (True, False, False),
+    "sealing, attestations": (True, True, False),
+    "sealing, attestations, watermarks": (True, True, True),
 }
+Run = Callable[[Path, dict[str, bool], int], None]
+"""Trains in a folder, with some protection, for some rounds."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=5, help=f"of {STEPS} steps, above 1")
+    parser.add_argument("--deployment", action="store_true", help="a federation on loopback")
+    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3, help=f"of {STEPS} steps, above 1")
     arguments = parser.parse_args()
-    nodes: list[NodeConfig] = [{"role": "owner"}]
-    nodes += [{"role": "trainer", "stage": i + 1} for i in range(TRAINERS)]
-    rounds: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
-    modes = list(MODES)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    rows: list[dict[str, Any]] = [{"with": mode, "steps": [], "rounds": []} for mode in MODES]
     with tempfile.TemporaryDirectory() as folder:
-        with Federation(Path(folder) / "federation", nodes) as federation:
-            for repeat in track(range(arguments.repeats), "runs"):
-                first = repeat % len(modes)
-                for number, mode in enumerate([*modes[first:], *modes[:first]]):
-                    runs = Path(folder) / f"runs-{repeat}-{number}"
-                    config = f"num-rounds={arguments.rounds} {MODES[mode]}"
-                    chain(federation, runs, TRAINERS, config)
-                    seconds = [it["seconds"] for it in noted(runs, "round")[1:]]
-                    rounds[mode].append([round(s, 4) for s in seconds])
-    rows = [{"with": mode, "round-seconds": turns} for mode, turns in rounds.items()]
+        where = deployment if arguments.deployment else local
+        with where(Path(folder)) as run:
+            for turn in track(range(arguments.turns), "turns"):
+                for place in range(len(rows)):
+                    row = rows[(turn + place) % len(rows)]
+                    runs = Path(folder) / f"runs-{turn}-{place}"
+                    on = dict(zip(KINDS, MODES[row["with"]], strict=True))
+                    run(runs, on, arguments.rounds)
+                    for kind, first in (("step", STEPS), ("round", 1)):
+                        times = [it["seconds"] for it in noted(runs, kind)[first:]]
+                        row[f"{kind}s"].append(round(statistics.median(times), 5))
     show(rows)
     facts = {"seed": 0, "trainers": TRAINERS, "steps": STEPS, "batch-size": BATCH}
-    print(f"raw output: {save('protection', {**facts, 'rows': rows}).relative_to(ROOT)}")
+    name = "protection-deployment" if arguments.deployment else "protection"
+    facts |= {"rounds": arguments.rounds, "seconds": "medians of a run, by turn"}
+    print(f"raw output: {save(name, {**facts, 'rows': rows}).relative_to(ROOT)}")
+
+
+@contextmanager
+def local(_: Path) -> Iterator[Run]:
+    """Give runs of all parties in this process."""
+    Few.records = STEPS * BATCH
+    nodes: list[dict[str, Any]] = [{"role": "owner"}]
+    nodes += [{"role": "trainer", "stage": i + 1} for i in range(TRAINERS)]
+
+    def run(runs: Path, on: dict[str, bool], rounds: int) -> None:
+        config = {"release": "clean", "batch-size": BATCH, "num-rounds": rounds, **on}
+        config["run-dir"] = str(runs)
+        CooperStrategy.from_config(config).start(
+            LocalGrid(cooper_client(Few()), nodes, config)
+        )
+
+    yield run
+
+
+@contextmanager
+def deployment(folder: Path) -> Iterator[Run]:
+    """Give runs in a federation of stock Flower processes."""
+    nodes: list[NodeConfig] = [{"role": "owner"}]
+    nodes += [{"role": "trainer", "stage": i + 1} for i in range(TRAINERS)]
+    with Federation(folder / "federation", nodes) as federation:
+
+        def run(runs: Path, on: dict[str, bool], rounds: int) -> None:
+            given = " ".join(f"{kind}={str(value).lower()}" for kind, value in on.items())
+            chain(federation, runs, TRAINERS, f"num-rounds={rounds} {given}")
+
+        yield run
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table(title=f"Quickstart CNN, {TRAINERS} trainers, rounds of {STEPS} steps")
-    for name in ("with", "round, s", "against nothing", "against the row above"):
+    for name in ("with", "step, ms", "cost", "against the row above", "round, s", "cost", ""):
         table.add_column(name, justify="right" if name != "with" else "left")
-    turns = [[statistics.median(it) for it in row["round-seconds"]] for row in rows]
-    for number, row in enumerate(rows):
-        costs = (cost(turns[number], other) for other in (turns[0], turns[max(0, number - 1)]))
-        table.add_row(row["with"], f"{statistics.median(turns[number]):.2f}", *costs)
-    console = Console(width=110)
+    for before, row in zip([rows[0], *rows], rows, strict=False):
+        table.add_row(
+            row["with"],
+            f"{statistics.median(row['steps']) * 1000:.1f}",
+            *(cost(row["steps"], other["steps"]) for other in (rows[0], before)),
+            f"{statistics.median(row['rounds']):.2f}",
+            *(cost(row["rounds"], other["rounds"]) for other in (rows[0], before)),
+        )
+    console = Console(width=150)
     console.print(table)
     console.print(" ".join(f"{k}={v}" for k, v in machine().items()), highlight=False)
 
 
 def cost(seconds: list[float], others: list[float]) -> str:
-    """Return the median of the costs in each turn, and their range."""
+    """Return the median of the costs in each turn, and their quartiles."""
     costs = [one / other - 1 for one, other in zip(seconds, others, strict=True)]
-    return f"{statistics.median(costs):+.1%} ({min(costs):+.1%} to {max(costs):+.1%})"
+    low, middle, high = statistics.quantiles(costs, n=4, method="inclusive")
+    return f"{middle:+.1%} ({low:+.1%} to {high:+.1%})"
 
 
 if __name__ == "__main__":
