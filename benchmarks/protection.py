@@ -1,11 +1,12 @@
 """What protection costs: training time with sealing, attestations, and watermarks.
 
-The quickstart's CNN with 3 trainers, with one protection more in each run: all parties in one
-process on a LocalGrid, or with ``--deployment`` in a stock federation (SuperLink and SuperNodes
-on loopback, live links, TLS). The speed of a machine drifts, so the runs take turns, each time
-in another order, and compared is what ran in the same turn: the median step, and the median
-round with all that a round's end costs. The first round, in which memory and caches settle, is
-left out. Beside the cost stand the quartiles over the turns, which tell how far to trust it.
+The quickstart's CNN with 3 trainers, with one protection more in each run: all parties in
+one process on a LocalGrid, or with ``--deployment`` in a stock federation (SuperLink and
+SuperNodes on loopback, live links, TLS). The speed of a machine drifts, so the runs take
+turns, each time in another order, and compared is what ran in the same turn: the median step,
+and the median round with all that a round's end costs. The first round, in which memory and
+caches settle, is left out. Beside the cost stand the quartiles over the turns, which tell how
+far to trust it.
 
     python benchmarks/protection.py [--deployment] [--turns 12] [--rounds 3]
 """
@@ -39,8 +40,8 @@ KINDS = ("seal", "attest", "watermark")
 MODES = {
     "nothing": (False, False, False),
     "sealing": (True, False, False),
-    "sealing, attestations": (True, True, False),
-    "sealing, attestations, watermarks": (True, True, True),
+    "+ attestations": (True, True, False),
+    "+ watermarks": (True, True, True),
 }
 Run = Callable[[Path, dict[str, bool], int], None]
 """Trains in a folder, with some protection, for some rounds."""
@@ -81,8 +82,8 @@ def local(_: Path) -> Iterator[Run]:
     nodes += [{"role": "trainer", "stage": i + 1} for i in range(TRAINERS)]
 
     def run(runs: Path, on: dict[str, bool], rounds: int) -> None:
-        config = {"release": "clean", "batch-size": BATCH, "num-rounds": rounds, **on}
-        config["run-dir"] = str(runs)
+        config: dict[str, Any] = {"release": "clean", "batch-size": BATCH, **on}
+        config |= {"num-rounds": rounds, "run-dir": str(runs)}
         CooperStrategy.from_config(config).start(
             LocalGrid(cooper_client(Few()), nodes, config)
         )
@@ -106,7 +107,8 @@ def deployment(folder: Path) -> Iterator[Run]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     table = Table(title=f"Quickstart CNN, {TRAINERS} trainers, rounds of {STEPS} steps")
-    for name in ("with", "step, ms", "cost", "against the row above", "round, s", "cost", ""):
+    against = ("against nothing", "against the row above")
+    for name in ("with", "step, ms", *against, "round, s", *against):
         table.add_column(name, justify="right" if name != "with" else "left")
     for before, row in zip([rows[0], *rows], rows, strict=False):
         table.add_row(
