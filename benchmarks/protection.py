@@ -68,7 +68,12 @@ def main() -> None:
                         times = [it["seconds"] for it in noted(runs, kind)[first:]]
                         row[f"{kind}s"].append(round(statistics.median(times), 5))
     show(rows)
-    facts = {"seed": 0, "trainers": TRAINERS, "steps": STEPS, "batch-size": BATCH}
+    facts: dict[str, Any] = {
+        "seed": 0,
+        "trainers": TRAINERS,
+        "steps": STEPS,
+        "batch-size": BATCH,
+    }
     name = "protection-deployment" if arguments.deployment else "protection"
     facts |= {"rounds": arguments.rounds, "seconds": "medians of a run, by turn"}
     print(f"raw output: {save(name, {**facts, 'rows': rows}).relative_to(ROOT)}")
