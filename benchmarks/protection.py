@@ -75,7 +75,11 @@ def main() -> None:
         "batch-size": BATCH,
     }
     name = "protection-deployment" if arguments.deployment else "protection"
-    facts |= {"rounds": arguments.rounds, "seconds": "medians of a run, by turn"}
+    facts |= {
+        "steps": STEPS,
+        "rounds": arguments.rounds,
+        "seconds": "medians of a run, by turn",
+    }
     print(f"raw output: {save(name, {**facts, 'rows': rows}).relative_to(ROOT)}")
 
 
