@@ -68,18 +68,9 @@ def main() -> None:
                         times = [it["seconds"] for it in noted(runs, kind)[first:]]
                         row[f"{kind}s"].append(round(statistics.median(times), 5))
     show(rows)
-    facts: dict[str, Any] = {
-        "seed": 0,
-        "trainers": TRAINERS,
-        "steps": STEPS,
-        "batch-size": BATCH,
-    }
+    facts: dict[str, Any] = {"seed": 0, "trainers": TRAINERS, "batch-size": BATCH}
+    facts |= {"steps": STEPS, "rounds": arguments.rounds, "seconds": "a run's median"}
     name = "protection-deployment" if arguments.deployment else "protection"
-    facts |= {
-        "steps": STEPS,
-        "rounds": arguments.rounds,
-        "seconds": "medians of a run, by turn",
-    }
     print(f"raw output: {save(name, {**facts, 'rows': rows}).relative_to(ROOT)}")
 
 
