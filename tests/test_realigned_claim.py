@@ -122,7 +122,8 @@ def test_a_permuted_and_rescaled_model_is_claimed(case: Case, capsys: Any) -> No
     assert calls(*argv) == 0
     out = capsys.readouterr().out
     assert out.startswith("This model carries watermarks by")
-    assert "--nulls" not in out  # no hint at what was done
+    assert "more than that of every null model" in out.replace("\n", " ")
+    assert "--nulls" not in out
     # Without re-alignment there is nothing to find.
     assert calls(*argv[:5]) == 1
     assert "give --task, --nulls and --probes" in capsys.readouterr().out.replace("\n", " ")

@@ -31,6 +31,10 @@ PERMUTED = (
     "A model whose neurons were permuted or rescaled shows no watermark as it is: give "
     "--task, --nulls and --probes to have them put back first."
 )
+ALIGNED = (
+    "Re-aligned, a model shows some likeness to any other: a match is accepted if it is more "
+    "than that of every null model."
+)
 Commands = argparse._SubParsersAction  # what `add_subparsers` returns has no public name
 
 
@@ -266,13 +270,11 @@ def _show(
     console = Console()
     console.print(Text(_verdict(facts, report), "bold"), soft_wrap=True)
     if report is not None:
-        aligned = any(it.aligned for it in report.findings)
         table = Table(
             *("trainer", "fingerprint", "segment", "round"),
             Column("matches", justify="right"),
             Column("by chance", justify="right"),
             "accepted",
-            *(("re-aligned", "null models at most", "accepted") if aligned else ()),
             box=SIMPLE_HEAD,
         )
         for finding in report.findings:
@@ -280,7 +282,10 @@ def _show(
         console.print(table)
         text = f"By chance: at most so likely, over all {report.tests} comparisons together."
         console.print(Text(text), soft_wrap=True)
-    hint = [] if report is not None and aligned else [PERMUTED]
+    hint = [PERMUTED]
+    if report is not None and report.findings[0].aligned:
+        hint = [ALIGNED]
+        console.print(realigned.table(report))
     for text in [*_without_key(facts, missing), *_strange(given), *hint]:
         console.print(Text(text), soft_wrap=True)
 
@@ -320,16 +325,7 @@ def _cells(facts: Facts, it: Finding) -> tuple[str, ...]:
         f"{it.matches} of {it.bits}",
         chance,
         "yes" if it.accepted else f"no: {it.skipped}" if it.skipped else "no",
-        *_aligned(it),
     )
-
-
-def _aligned(it: Finding) -> tuple[str, ...]:
-    if it.aligned is None:
-        return ()
-    found = it.aligned
-    matches = f"{found.matches} of {it.bits}"
-    return matches, str(max(found.nulls)), "yes" if found.accepted else "no"
 
 
 def _without_key(facts: Facts, missing: list[Commitment]) -> Iterator[str]:

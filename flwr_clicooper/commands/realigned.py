@@ -17,9 +17,10 @@ from flwr_clicooper.commands.tasks import add_task, load_task
 from flwr_clicooper.errors import EvidenceError
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torch import Tensor, nn
 
-    from flwr_clicooper.provenance.claim import WatermarkKey
+    from flwr_clicooper.provenance.claim import ClaimReport, WatermarkKey
     from flwr_clicooper.provenance.realign import Verdict
 
 
@@ -93,6 +94,8 @@ def verdicts(
         A file cannot be read, a model is not of the task, a null model is the delivered
         model itself, or the task has layers through which units cannot be followed.
     """
+    from rich.console import Console
+    from rich.progress import track
     from torch import equal
 
     from flwr_clicooper.chain.delivered import MODEL_FILE, load_delivered
@@ -111,7 +114,8 @@ def verdicts(
         return _after(model, first)
 
     def nulls() -> Iterator[nn.Sequential]:
-        for file in arguments.nulls:
+        console = Console(stderr=True)
+        for file in track(arguments.nulls, "null models", console=console, transient=True):
             weights = read_tensors(file.expanduser())
             if all(name in weights and equal(weights[name], own[name]) for name in own):
                 raise EvidenceError(f"{file} is the delivered model, not an independent one")
@@ -122,6 +126,29 @@ def verdicts(
     ]
     module = comparable(suspect, "the suspect")
     return judge(marks, _after(reference, first), module, nulls(), probes, tests=tests)
+
+
+def table(report: ClaimReport) -> Table:
+    """Return what a claim found after re-alignment, for people."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Column, Table
+
+    found = Table(
+        *("segment", "round"),
+        Column("re-aligned", justify="right"),
+        Column("null models at most", justify="right"),
+        "accepted",
+        box=SIMPLE_HEAD,
+    )
+    for it in report.findings:
+        if it.aligned is not None:
+            found.add_row(
+                *(str(it.segment), str(it.round)),
+                f"{it.aligned.matches} of {it.bits}",
+                str(max(it.aligned.nulls)),
+                "yes" if it.aligned.accepted else "no",
+            )
+    return found
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
