@@ -36,6 +36,8 @@ from benchmarks.throughput import STEPS, chain, noted  # noqa: E402
 from examples.deployment.federation import Federation, NodeConfig  # noqa: E402
 from flwr_clicooper import CooperStrategy, LocalGrid, cooper_client  # noqa: E402
 
+NODES: list[NodeConfig] = [{"role": "owner"}]
+NODES += [{"role": "trainer", "stage": i + 1} for i in range(TRAINERS)]
 KINDS = ("seal", "attest", "watermark")
 MODES = {
     "nothing": (False, False, False),
@@ -78,14 +80,12 @@ def main() -> None:
 def local(_: Path) -> Iterator[Run]:
     """Give runs of all parties in this process."""
     Few.records = STEPS * BATCH
-    nodes: list[dict[str, Any]] = [{"role": "owner"}]
-    nodes += [{"role": "trainer", "stage": i + 1} for i in range(TRAINERS)]
 
     def run(runs: Path, on: dict[str, bool], rounds: int) -> None:
         config: dict[str, Any] = {"release": "clean", "batch-size": BATCH, **on}
         config |= {"num-rounds": rounds, "run-dir": str(runs)}
         CooperStrategy.from_config(config).start(
-            LocalGrid(cooper_client(Few()), nodes, config)
+            LocalGrid(cooper_client(Few()), NODES, config)
         )
 
     yield run
@@ -94,9 +94,7 @@ def local(_: Path) -> Iterator[Run]:
 @contextmanager
 def deployment(folder: Path) -> Iterator[Run]:
     """Give runs in a federation of stock Flower processes."""
-    nodes: list[NodeConfig] = [{"role": "owner"}]
-    nodes += [{"role": "trainer", "stage": i + 1} for i in range(TRAINERS)]
-    with Federation(folder / "federation", nodes) as federation:
+    with Federation(folder / "federation", NODES) as federation:
 
         def run(runs: Path, on: dict[str, bool], rounds: int) -> None:
             given = " ".join(f"{kind}={str(value).lower()}" for kind, value in on.items())

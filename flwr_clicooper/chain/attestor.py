@@ -81,7 +81,7 @@ class Kept:
         The owner's: digest of the last statement on each segment.
     marks : dict of str to (int, str)
         The owner's: matches and key of the watermark in each segment.
-    round :
+    round : int
         The round that goes on.
     chunks : dict of str to int
         The round in which a chunk came last.

@@ -126,7 +126,7 @@ class TrainerStatements(Attestor):
         EvidenceError
             Training is not over.
         """
-        if RoundStatement.parse(self.kept.previous.encode()).round != self.job.rounds:
+        if self._previous.round != self.job.rounds:
             raise EvidenceError("a segment is delivered, and a key disclosed, at the end only")
         return self.kept.disclosed
 
@@ -141,7 +141,7 @@ class TrainerStatements(Attestor):
         """
         self.settle()
         round_ = header.get("round", int)
-        before = RoundStatement.parse(self.kept.previous.encode())
+        before = self._previous
         if round_ != before.round + 1:
             raise EvidenceError(f"round {before.round} was signed last; {round_} is not next")
         roots = self._streams.roots()
@@ -164,6 +164,11 @@ class TrainerStatements(Attestor):
         self._changed.add(self.stage)
         self.kept.seconds, self.kept.moved = 0.0, 0
         return {"statement": self._signed(statement)}
+
+    @property
+    def _previous(self) -> RoundStatement:
+        """The last statement on this trainer's segment."""
+        return RoundStatement.parse(self.kept.previous.encode())
 
     @property
     def _streams(self) -> Streams:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr_clicooper.commands.tasks import add_task, load_task
+from flwr_clicooper.commands.inputs import add_task, load_task
 from flwr_clicooper.errors import EvidenceError
 from flwr_clicooper.files import write_atomically
 from flwr_clicooper.provenance.trust import Trust

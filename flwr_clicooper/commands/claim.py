@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr_clicooper.commands import realigned
+from flwr_clicooper.commands.inputs import add_files, read_tensors
 from flwr_clicooper.errors import EvidenceError
 from flwr_clicooper.provenance.trust import Trust
 
@@ -83,14 +84,8 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         ("run", "RUN_DIR", "the run whose trainers may have made it, such as runs/<run-id>"),
     ):
         command.add_argument(f"--{name}", type=Path, required=True, metavar=value, help=what)
-    command.add_argument(
-        "--keys",
-        type=Path,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="trainers' watermark-<stage>.json, besides what lies in RUN_DIR",
+    add_files(
+        command, "--keys", "trainers' watermark-<stage>.json, besides what lies in RUN_DIR"
     )
     command.add_argument(
         "--trust", type=Path, metavar="FILE", help="such as trust.toml; it has the names"
@@ -210,7 +205,7 @@ def _compare(
         return None
     from flwr_clicooper.provenance.claim import WatermarkKey, claim
 
-    suspect = realigned.read_tensors(model)
+    suspect = read_tensors(model)
     chosen = sorted(
         (commitments[digest] for digest in given.keys), key=lambda commitment: commitment.place
     )

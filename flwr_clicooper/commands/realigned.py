@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr_clicooper.commands.tasks import add_task, load_task
+from flwr_clicooper.commands.inputs import add_files, add_task, load_task, read_tensors
 from flwr_clicooper.errors import EvidenceError
 
 if TYPE_CHECKING:
@@ -30,14 +30,10 @@ def add_to(command: argparse.ArgumentParser) -> None:
         "re-alignment", "for a model whose neurons may have been permuted or rescaled"
     )
     add_task(group, required=False)
-    group.add_argument(
+    add_files(
+        group,
         "--nulls",
-        type=Path,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="model.safetensors of at least 30 models of the same task, trained independently",
+        "model.safetensors of at least 30 models of the same task, trained independently",
     )
     group.add_argument(
         "--probes",
@@ -99,10 +95,11 @@ def verdicts(
     from torch import equal
 
     from flwr_clicooper.chain.delivered import MODEL_FILE, load_delivered
-    from flwr_clicooper.provenance.realign import judge
+    from flwr_clicooper.provenance.realign import check_nulls, judge
     from flwr_clicooper.provenance.watermark import Watermark, inside
     from flwr_clicooper.split.modules import load_weights
 
+    check_nulls(len(arguments.nulls))
     path = arguments.reference or arguments.run / MODEL_FILE
     reference = load_delivered(path.expanduser(), load_task(arguments.task, arguments.app_dir))
     own = reference.state_dict()
@@ -149,24 +146,6 @@ def table(report: ClaimReport) -> Table:
                 "yes" if it.aligned.accepted else "no",
             )
     return found
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file.
-
-    Raises
-    ------
-    EvidenceError
-        It is missing, or not a safetensors file.
-    """
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise EvidenceError(f"{path} is missing or no file")
-    try:
-        return load_file(path)
-    except Exception:  # safetensors raises many kinds
-        raise EvidenceError(f"{path} is not a safetensors file") from None
 
 
 def _probes(path: Path) -> Tensor:

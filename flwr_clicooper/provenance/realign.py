@@ -133,6 +133,20 @@ def can_follow(module: nn.Module) -> bool:
         return False
 
 
+def check_nulls(count: int) -> None:
+    """Refuse fewer than `NULLS` null models.
+
+    Raises
+    ------
+    EvidenceError
+        There are fewer.
+    """
+    if count < NULLS:
+        raise EvidenceError(
+            f"{count} null models; allowed are at least {NULLS}, independently trained"
+        )
+
+
 def judge(
     marks: Sequence[tuple[str, Watermark]],
     reference: nn.Sequential,
@@ -171,10 +185,7 @@ def judge(
         weights = realign(reference, module, probes)
         for found, (prefix, mark) in zip(matches, marks, strict=True):
             found.append(mark.matches(inside(weights, prefix)))
-    if (given := min(map(len, matches), default=1) - 1) < NULLS:
-        raise EvidenceError(
-            f"{given} null models; allowed are at least {NULLS}, independently trained"
-        )
+    check_nulls(min(map(len, matches), default=1) - 1)
     return [_verdict(found, max(tests, len(marks))) for found in matches]
 
 

@@ -1,4 +1,4 @@
-"""The task that a command needs to build the segments of a run."""
+"""What several commands take in: files, a task, tensors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr_clicooper.errors import CooperError
+from flwr_clicooper.errors import CooperError, EvidenceError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from flwr_clicooper.task import SplitTask
+
+
+def add_files(command: argparse._ActionsContainer, name: str, what: str) -> None:
+    """Add an option that takes files, any number of them and of times."""
+    command.add_argument(
+        name, type=Path, nargs="+", action="extend", default=[], metavar="FILE", help=what
+    )
 
 
 def add_task(command: argparse._ActionsContainer, *, required: bool) -> None:
@@ -51,3 +60,21 @@ def load_task(name: str, app_dir: Path) -> SplitTask:
     if not isinstance(task, SplitTask):
         raise CooperError(f"--task {name!r} is no SplitTask, but a {type(task).__name__}")
     return task
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises
+    ------
+    EvidenceError
+        It is missing, or not a safetensors file.
+    """
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise EvidenceError(f"{path} is missing or no file")
+    try:
+        return load_file(path)
+    except Exception:  # safetensors raises many kinds
+        raise EvidenceError(f"{path} is not a safetensors file") from None
