@@ -52,7 +52,7 @@ Run = Callable[[Path, dict[str, bool], int], None]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--deployment", action="store_true", help="a federation on loopback")
-    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--turns", type=int, default=12, help="at least 2")
     parser.add_argument("--rounds", type=int, default=3, help=f"of {STEPS} steps, above 1")
     arguments = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
